@@ -1,0 +1,1 @@
+"""starmesh: balanced decode for LLM serving over an asyncio gRPC mesh."""

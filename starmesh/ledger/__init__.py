@@ -1,0 +1,105 @@
+"""The load ledger: who is in the cluster, how loaded, what is reserved, and who owns each sequence.
+
+This file is the port. ``memory`` and ``redis`` implement it; one conformance suite (tests/ledger) runs against both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from starmesh.types import ClusterView, InstanceInfo, InstanceLoad, InstanceState, Ownership
+
+
+class LedgerError(Exception):
+    """A ledger operation that cannot be done as asked."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The ledger does not answer. Streams in flight go on; retry later."""
+
+
+class ReservationRefused(LedgerError):
+    """The instance is gone, not ready, or has no room. ``instance_id`` names it."""
+
+    def __init__(self, instance_id: str, reason: str) -> None:
+        super().__init__(f"{instance_id}: {reason}")
+        self.instance_id = instance_id
+        self.reason = reason
+
+
+class OwnershipConflict(LedgerError):
+    """A compare-and-set met another owner. ``current`` is the ownership found, None when there is none."""
+
+    def __init__(self, request_id: str, current: Ownership | None) -> None:
+        super().__init__(f"{request_id}: owned by {current}")
+        self.current = current
+
+
+class Ledger(Protocol):
+    """The ledger. Every method raises LedgerUnavailable when the store does not answer within the operation's
+    timeout. Times are the store's own clock, so that processes need no synchronised clocks."""
+
+    async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
+        """Add or replace an instance; it vanishes after ``ttl_s`` without a report. A registration with a new
+        incarnation drops the load and the reservations of the old one."""
+        ...
+
+    async def report(self, instance_id: str, incarnation: str, load: InstanceLoad, *, ttl_s: float) -> bool:
+        """Store a load snapshot and renew the registration.
+
+        Reservations of requests that ``load.sequences`` includes are dropped in the same atomic step. Returns False,
+        storing nothing, when the registration is gone or of another incarnation: register again.
+        """
+        ...
+
+    async def set_state(self, instance_id: str, incarnation: str, state: InstanceState) -> bool:
+        """Change whether the instance takes new work. Returns False when it is not registered."""
+        ...
+
+    async def deregister(self, instance_id: str, incarnation: str) -> None:
+        """Remove an instance with its load and reservations, unless another incarnation has replaced it."""
+        ...
+
+    async def view(self) -> ClusterView:
+        """All live instances with loads and live reservations, as of one moment."""
+        ...
+
+    async def reserve(self, request_id: str, instance_id: str, tokens: int, *, limit_tokens: int, ttl_s: float) -> None:
+        """Claim room for ``tokens`` on an instance until its report includes the request, release, or ``ttl_s``.
+
+        Atomic. Raises ReservationRefused unless the instance is registered and READY, and its free tokens
+        (``free_blocks * block_tokens`` of its last report less live reservations of other requests) hold ``tokens``
+        with at most ``limit_tokens`` reserved in all. An instance that has not reported yet counts as having
+        ``limit_tokens`` free. Reserving again for the same request and instance replaces the reservation.
+        """
+        ...
+
+    async def release(self, request_id: str, instance_id: str) -> None:
+        """Drop a reservation; a missing one is fine."""
+        ...
+
+    async def claim(
+        self, request_id: str, instance_id: str, *, expected: Ownership | None, epoch: int, ttl_s: float
+    ) -> None:
+        """Make ``instance_id`` the owner under ``epoch`` if the present ownership equals ``expected``.
+
+        Raises OwnershipConflict otherwise, and ValueError unless ``epoch`` exceeds the expected one. The entry expires
+        after ``ttl_s`` unless renewed by another claim or ``renew``.
+        """
+        ...
+
+    async def owner(self, request_id: str) -> Ownership | None:
+        """Who owns the sequence now."""
+        ...
+
+    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
+        """Keep the ownership entries of ``owned`` (request id to epoch) for longer; other epochs are left alone."""
+        ...
+
+    async def disown(self, request_id: str, epoch: int) -> None:
+        """Remove the ownership entry of this epoch or older."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...

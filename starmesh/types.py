@@ -1,0 +1,206 @@
+"""The nouns that every process shares, as plain frozen values.
+
+Owns the vocabulary of sequences, instances and the cluster view. Owns no behaviour beyond derived quantities,
+no wire format (``starmesh.rpc.convert``) and no storage (``starmesh.ledger``). Times are seconds as floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+MAX_REQUEST_ID_LENGTH = 128
+
+
+class Role(Enum):
+    """What an instance does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ROUTER = "router"
+    RESCHEDULER = "rescheduler"
+    PREDICTOR = "predictor"
+
+
+class InstanceState(Enum):
+    """Whether an instance takes new work."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class TransferBackend(Enum):
+    """A way to move KV blocks between instances."""
+
+    STREAM = "stream"
+    NIXL = "nixl"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends; every value decided (defaults applied by the router).
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 keeps all tokens. ``seed`` and the position of a token in its sequence
+    (prompt tokens included) are all that its random number depends on.
+    """
+
+    max_output_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """A sequence as any instance can continue it: carried by prefill, handoff, recovery and migration."""
+
+    request_id: str
+    epoch: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens together."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """How KV blocks are laid out; two instances exchange blocks only when all fields agree.
+
+    A block is one contiguous array [layers, 2, kv_heads, block_tokens, head_dim] (key then value) of ``dtype``.
+    """
+
+    model_revision: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV that one token holds over all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self.token_bytes * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class KvTicket:
+    """Leased blocks that another instance may pull; ``block_ids`` in the sequence's order."""
+
+    lease_id: str
+    instance_id: str
+    address: str
+    layout: KvLayout
+    block_ids: tuple[int, ...]
+    resident_tokens: int
+    lease_duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLoad:
+    """What one sequence weighs on its instance."""
+
+    request_id: str
+    epoch: int
+    prompt_tokens: int
+    output_tokens: int
+    resident_tokens: int
+    max_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """What an instance reports of itself. ``free_blocks`` counts cached blocks that could be evicted."""
+
+    total_blocks: int
+    free_blocks: int
+    running_sequences: int = 0
+    waiting_sequences: int = 0
+    resident_tokens: int = 0
+    step_duration_s: float = 0.0
+    output_tokens: int = 0
+    preemptions: int = 0
+    transfer_bytes: int = 0
+    sequences: tuple[SequenceLoad, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """What an instance registers. ``incarnation`` is new at each start of its process."""
+
+    instance_id: str
+    incarnation: str
+    role: Role
+    address: str
+    state: InstanceState = InstanceState.READY
+    layout: KvLayout | None = None
+    transfer_backends: tuple[TransferBackend, ...] = ()
+    max_sequence_tokens: int = 0
+    max_sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Room that a dispatcher has claimed on an instance until the instance's own report includes the request."""
+
+    request_id: str
+    instance_id: str
+    tokens: int
+    expires_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One instance as the ledger knows it. ``load`` is None until it has reported."""
+
+    info: InstanceInfo
+    load: InstanceLoad | None = None
+    reported_at_s: float = 0.0
+    reservations: tuple[Reservation, ...] = ()
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens reserved there that its report does not include yet."""
+        return sum(reservation.tokens for reservation in self.reservations)
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Which instance owns a sequence, and under which epoch."""
+
+    instance_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The cluster at ``now_s`` (the ledger's clock), instances ordered by id."""
+
+    now_s: float
+    instances: tuple[InstanceView, ...] = field(default=())
+
+    def of_role(self, role: Role) -> tuple[InstanceView, ...]:
+        """The instances of one role, ordered by id."""
+        return tuple(view for view in self.instances if view.info.role is role)

@@ -1,0 +1,1 @@
+"""Generated from protos/starmesh/v1 at build; only this line is committed."""
