@@ -1,0 +1,1 @@
+"""gRPC plumbing shared by all services: server, channels, errors as status codes, protobuf <-> types."""

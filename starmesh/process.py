@@ -1,0 +1,106 @@
+"""What every service process has: settings from flags and environment, an event loop, signals, a clean end.
+
+Owns no service's work: that is ``services.*``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import uvloop
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from starmesh.telemetry.setup import setup_logging, setup_tracing
+
+log = logging.getLogger(__name__)
+
+
+class ServiceSettings(BaseSettings):
+    """Settings of every service. A flag beats ``STARMESH_<NAME>`` in the environment, which beats the default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STARMESH_",
+        cli_parse_args=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        extra="ignore",
+    )
+
+    listen: str = Field("127.0.0.1:0", description="HOST:PORT to serve on; port 0 takes any free one")
+    advertise: str = Field("", description="HOST:PORT that others reach this process at; empty: as it listens")
+    allow_plaintext: bool = Field(False, description="serve unencrypted beyond loopback")
+    ledger: str = Field("redis://127.0.0.1:6379", description="URL of the Redis ledger; unix:// and rediss:// too")
+    cluster: str = Field("default", description="name of the cluster; several may share a Redis")
+    instance_id: str = Field("", description="name of this instance; empty: role and a random suffix")
+    port_file: Path | None = Field(None, description="file to write the chosen HOST:PORT to")
+    lease_ttl_s: float = Field(3.0, gt=0.2, description="seconds without a report until others take it for dead")
+    report_interval_s: float = Field(0.25, gt=0.01, description="seconds between load reports")
+    grace_s: float = Field(10.0, ge=0, description="seconds that work in flight has to end after SIGTERM")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+    def name_instance(self, role: str) -> str:
+        """The instance id: as set, or ``role`` with a random suffix."""
+        if not self.instance_id:
+            self.instance_id = f"{role}-{secrets.token_hex(3)}"
+        return self.instance_id
+
+
+def write_port_file(path: Path | None, address: str) -> None:
+    """Write ``address`` in one step, so that a reader never sees half of it."""
+    if path is not None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(address)
+        temporary.rename(path)
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def run_service(
+    role: str, settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event], Awaitable[None]]
+) -> None:
+    """Run ``serve(settings, stop)`` until it returns; ``stop`` is set by SIGTERM or SIGINT, and a second signal ends
+    the process at once. Exits with 2 on bad settings and 1 with one readable line on a failure."""
+    try:
+        settings = settings_type()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            print(f"starmesh {role}: --{name}: {problem['msg']}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+    instance_id = settings.name_instance(role)
+    setup_logging(instance_id, settings.log_level)
+    end_tracing = setup_tracing(role, instance_id)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal(name: str) -> None:
+            if stop.is_set():
+                log.warning("second %s: ending now", name)
+                os._exit(1)
+            log.info("%s: stopping", name)
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number.name)
+        await serve(settings, stop)
+
+    try:
+        uvloop.run(main())
+    except Exception as error:
+        log.error("%s", error, exc_info=log.isEnabledFor(logging.DEBUG) or not str(error))
+        raise SystemExit(1) from None
+    finally:
+        end_tracing()

@@ -1,0 +1,32 @@
+"""Every span, span event and attribute name, once. Attributes follow OpenTelemetry's GenAI conventions where they
+exist (``gen_ai.*``); the rest is ``starmesh.*``."""
+
+# Spans, in the order of a request's life. One trace per request.
+SPAN_GENERATE = "starmesh.generate"  # router: receipt to last message
+SPAN_DISPATCH = "starmesh.dispatch"  # router: wait for and choice of instances
+SPAN_PREFILL = "starmesh.prefill"  # prefill: queue, forward, first token
+SPAN_HANDOFF = "starmesh.handoff"  # decode: reserve blocks, pull KV, release the lease
+SPAN_DECODE = "starmesh.decode"  # decode: first step to finish, cancel or failure
+SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again elsewhere
+
+# Events on spans.
+EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
+EVENT_PREEMPTED = "preempted"
+
+# Attributes.
+REQUEST_ID = "starmesh.request_id"
+EPOCH = "starmesh.epoch"
+INSTANCE_ID = "starmesh.instance_id"
+PREFILL_INSTANCE = "starmesh.prefill_instance"
+DECODE_INSTANCE = "starmesh.decode_instance"
+POLICY = "starmesh.dispatch_policy"
+TRANSFER_BACKEND = "starmesh.transfer_backend"
+TRANSFER_BYTES = "starmesh.transfer_bytes"
+CACHED_TOKENS = "starmesh.cached_tokens"
+RECOVERIES = "starmesh.recoveries"
+REASON = "starmesh.reason"
+MODEL = "gen_ai.request.model"
+OPERATION = "gen_ai.operation.name"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
