@@ -132,7 +132,8 @@ class SequenceLoad:
 
 @dataclass(frozen=True, slots=True)
 class InstanceLoad:
-    """What an instance reports of itself. ``free_blocks`` counts cached blocks that could be evicted."""
+    """What an instance reports of itself. ``free_blocks`` counts cached blocks that could be evicted.
+    ``transfer_backend`` is the one that its last pull used."""
 
     total_blocks: int
     free_blocks: int
@@ -143,6 +144,7 @@ class InstanceLoad:
     output_tokens: int = 0
     preemptions: int = 0
     transfer_bytes: int = 0
+    transfer_backend: TransferBackend | None = None
     sequences: tuple[SequenceLoad, ...] = ()
 
 

@@ -175,6 +175,7 @@ def load_pb(load: InstanceLoad) -> cluster_pb2.InstanceLoad:
         output_tokens=load.output_tokens,
         preemptions=load.preemptions,
         transfer_bytes=load.transfer_bytes,
+        transfer_backend=_BACKENDS[load.transfer_backend] if load.transfer_backend else None,
         sequences=[_sequence_load_pb(sequence) for sequence in load.sequences],
     )
 
