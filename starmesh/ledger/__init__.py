@@ -5,6 +5,7 @@ This file is the port. ``memory`` and ``redis`` implement it; one conformance su
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Protocol
 
 from starmesh.types import ClusterView, InstanceInfo, InstanceLoad, InstanceState, Ownership
@@ -14,12 +15,24 @@ class LedgerError(Exception):
     """A ledger operation that cannot be done as asked."""
 
 
+class InvalidDocument(LedgerError):
+    """What the store holds under a key of ours is not ours, or of another version. It is never guessed at."""
+
+
 class LedgerUnavailable(LedgerError):
     """The ledger does not answer. Streams in flight go on; retry later."""
 
 
+class Refusal(StrEnum):
+    """Why a reservation was refused."""
+
+    NOT_REGISTERED = "not registered"
+    NOT_READY = "not ready"
+    NO_ROOM = "no room"
+
+
 class ReservationRefused(LedgerError):
-    """The instance is gone, not ready, or has no room. ``instance_id`` names it."""
+    """The instance is gone, not ready, or has no room. ``instance_id`` names it; ``reason`` is a ``Refusal``."""
 
     def __init__(self, instance_id: str, reason: str) -> None:
         super().__init__(f"{instance_id}: {reason}")
@@ -37,11 +50,12 @@ class OwnershipConflict(LedgerError):
 
 class Ledger(Protocol):
     """The ledger. Every method raises LedgerUnavailable when the store does not answer within the operation's
-    timeout. Times are the store's own clock, so that processes need no synchronised clocks."""
+    timeout; whether a write was done is then unknown. Times are the store's own clock, so that processes need no
+    synchronised clocks. Ids, ttls and counts outside the bounds of ``starmesh.ledger.limits`` raise ValueError."""
 
     async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
-        """Add or replace an instance; it vanishes after ``ttl_s`` without a report. A registration with a new
-        incarnation drops the load and the reservations of the old one."""
+        """Add or replace an instance; it vanishes, load included, after ``ttl_s`` without a report. Load and
+        reservations are kept only when the incarnation registered until now is the same."""
         ...
 
     async def report(self, instance_id: str, incarnation: str, load: InstanceLoad, *, ttl_s: float) -> bool:
@@ -84,7 +98,8 @@ class Ledger(Protocol):
         """Make ``instance_id`` the owner under ``epoch`` if the present ownership equals ``expected``.
 
         Raises OwnershipConflict otherwise, and ValueError unless ``epoch`` exceeds the expected one. The entry expires
-        after ``ttl_s`` unless renewed by another claim or ``renew``.
+        after ``ttl_s`` unless renewed by another claim or ``renew``. A caller that got LedgerUnavailable asks
+        ``owner`` before it tries again: its claim may have been done.
         """
         ...
 

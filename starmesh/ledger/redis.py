@@ -1,0 +1,298 @@
+"""The ledger in Redis (or Valkey), version 7.0 or newer.
+
+Each operation is one command or one Lua script of ``scripts/``, so it happens as a whole or not at all, on the
+server's clock. Keys of one cluster share a hash tag and so one slot:
+
+    {starmesh:CLUSTER}:instances          set of instance ids: which instance keys to look at
+    {starmesh:CLUSTER}:instance:ID        hash of registration and last load, expiring together
+    {starmesh:CLUSTER}:reservations:ID    hash of request id to "tokens expires_us"
+    {starmesh:CLUSTER}:owner:REQUEST      "epoch instance_id"
+
+Nothing is tried twice: a caller with a deadline knows better whether to. Owns no policy and no background task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from starmesh.ledger import (
+    InvalidDocument,
+    LedgerError,
+    LedgerUnavailable,
+    OwnershipConflict,
+    Refusal,
+    ReservationRefused,
+)
+from starmesh.ledger.codec import (
+    decode_count,
+    decode_info,
+    decode_load,
+    decode_ownership,
+    encode_info,
+    encode_load,
+    encode_ownership,
+)
+from starmesh.ledger.limits import (
+    check_claim,
+    check_cluster,
+    check_epoch,
+    check_ids,
+    check_load,
+    check_reservation,
+    check_ttl,
+)
+from starmesh.types import (
+    ClusterView,
+    InstanceInfo,
+    InstanceLoad,
+    InstanceState,
+    InstanceView,
+    Ownership,
+    Reservation,
+)
+
+DEFAULT_TIMEOUT_S = 1.0
+MAX_CONNECTIONS = 16
+RENEW_BATCH = 512
+
+_SCRIPTS = ("register", "report", "set_state", "deregister", "view", "reserve", "claim", "renew", "disown")
+# asyncio's own TimeoutError is an OSError.
+_UNAVAILABLE = (
+    OSError,
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ClusterDownError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+)
+
+
+class RedisLedger:
+    """A ledger shared by all processes that name the same Redis and cluster. Make one with ``connect``."""
+
+    def __init__(self, client: Redis, *, address: str, cluster: str, timeout_s: float) -> None:
+        check_cluster(cluster)
+        self._client = client
+        self._address = address
+        self._timeout_s = timeout_s
+        self._prefix = f"{{starmesh:{cluster}}}:"
+        self._index = self._prefix + "instances"
+        folder = files("starmesh.ledger") / "scripts"
+        self._scripts = {
+            name: client.register_script((folder / f"{name}.lua").read_text(encoding="utf-8")) for name in _SCRIPTS
+        }
+
+    @classmethod
+    def connect(cls, url: str, *, cluster: str = "default", timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+        """A ledger at ``redis://``, ``rediss://`` (TLS) or ``unix://``, credentials in the url; no I/O happens yet.
+
+        ``timeout_s`` bounds each operation as a whole, connecting included. Raises LedgerError for a url that cannot
+        be understood; no message ever shows it, because it may hold a password.
+        """
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=MAX_CONNECTIONS,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+            )
+            # An option that redis does not know would otherwise surface at the first operation.
+            pool.make_connection()  # type: ignore[no-untyped-call]
+            address = _address(url)
+        except (ValueError, TypeError, exceptions.RedisError):
+            raise LedgerError(
+                "the ledger's url is not understood: use redis://[[user]:password@]host:port/db, rediss://... or "
+                "unix:///path, and percent-encode special characters of the password"
+            ) from None
+        return cls(Redis.from_pool(pool), address=address, cluster=cluster, timeout_s=timeout_s)
+
+    def __repr__(self) -> str:
+        return f"RedisLedger({self._address}, {self._prefix})"
+
+    async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
+        check_ids(info.instance_id, info.incarnation)
+        block_tokens = info.layout.block_tokens if info.layout else 0
+        await self._run(
+            "register",
+            [self._index, self._instance(info.instance_id), self._reservations(info.instance_id)],
+            [
+                check_ttl(ttl_s),
+                info.instance_id,
+                info.incarnation,
+                info.state.value,
+                block_tokens,
+                encode_info(info),
+            ],
+        )
+
+    async def report(self, instance_id: str, incarnation: str, load: InstanceLoad, *, ttl_s: float) -> bool:
+        check_ids(instance_id, incarnation)
+        check_load(load)
+        done = await self._run(
+            "report",
+            [self._index, self._instance(instance_id), self._reservations(instance_id)],
+            [
+                check_ttl(ttl_s),
+                incarnation,
+                load.free_blocks,
+                encode_load(load),
+                *(sequence.request_id for sequence in load.sequences),
+            ],
+        )
+        return bool(done)
+
+    async def set_state(self, instance_id: str, incarnation: str, state: InstanceState) -> bool:
+        check_ids(instance_id, incarnation)
+        return bool(await self._run("set_state", [self._instance(instance_id)], [incarnation, state.value]))
+
+    async def deregister(self, instance_id: str, incarnation: str) -> None:
+        check_ids(instance_id, incarnation)
+        keys = [self._index, self._instance(instance_id), self._reservations(instance_id)]
+        await self._run("deregister", keys, [instance_id, incarnation])
+
+    async def view(self) -> ClusterView:
+        now_us, *rows = await self._run("view", [self._index], [self._instance(""), self._reservations("")])
+        instances = sorted((_instance_view(row) for row in rows), key=lambda view: view.info.instance_id)
+        return ClusterView(now_s=_seconds(now_us), instances=tuple(instances))
+
+    async def reserve(self, request_id: str, instance_id: str, tokens: int, *, limit_tokens: int, ttl_s: float) -> None:
+        check_ids(request_id, instance_id)
+        check_reservation(tokens, limit_tokens)
+        answer: bytes = await self._run(
+            "reserve",
+            [self._instance(instance_id), self._reservations(instance_id)],
+            [check_ttl(ttl_s), request_id, tokens, limit_tokens],
+        )
+        if answer != b"ok":
+            raise ReservationRefused(instance_id, Refusal(answer.decode()))
+
+    async def release(self, request_id: str, instance_id: str) -> None:
+        check_ids(request_id, instance_id)
+        async with self._answers():
+            await self._client.hdel(self._reservations(instance_id), request_id)
+
+    async def claim(
+        self, request_id: str, instance_id: str, *, expected: Ownership | None, epoch: int, ttl_s: float
+    ) -> None:
+        check_ids(request_id, instance_id)
+        check_claim(expected, epoch)
+        done, found = await self._run(
+            "claim",
+            [self._owner(request_id)],
+            [
+                check_ttl(ttl_s),
+                "" if expected is None else encode_ownership(expected),
+                encode_ownership(Ownership(instance_id, epoch)),
+            ],
+        )
+        if not done:
+            raise OwnershipConflict(request_id, decode_ownership(found) if found else None)
+
+    async def owner(self, request_id: str) -> Ownership | None:
+        check_ids(request_id)
+        async with self._answers():
+            found: Any = await self._client.get(self._owner(request_id))
+        return None if found is None else decode_ownership(found)
+
+    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
+        check_ids(*owned)
+        for epoch in owned.values():
+            check_epoch(epoch)
+        ttl_ms = check_ttl(ttl_s)
+        # In batches: a script stops the server for as long as it runs.
+        request_ids = list(owned)
+        for start in range(0, len(request_ids), RENEW_BATCH):
+            batch = request_ids[start : start + RENEW_BATCH]
+            keys = [self._owner(request_id) for request_id in batch]
+            await self._run("renew", keys, [ttl_ms, *(owned[request_id] for request_id in batch)])
+
+    async def disown(self, request_id: str, epoch: int) -> None:
+        check_ids(request_id)
+        check_epoch(epoch)
+        await self._run("disown", [self._owner(request_id)], [epoch])
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _instance(self, instance_id: str) -> str:
+        return f"{self._prefix}instance:{instance_id}"
+
+    def _reservations(self, instance_id: str) -> str:
+        return f"{self._prefix}reservations:{instance_id}"
+
+    def _owner(self, request_id: str) -> str:
+        return f"{self._prefix}owner:{request_id}"
+
+    async def _run(self, script: str, keys: list[str], arguments: Iterable[str | int]) -> Any:
+        """Run a script by its digest; the server is sent the text when it does not have it."""
+        async with self._answers():
+            return await self._scripts[script](keys=keys, args=list(arguments))
+
+    @asynccontextmanager
+    async def _answers(self) -> AsyncIterator[None]:
+        """Bound an operation in time and name its failure in the ledger's terms, without the url."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
+            raise LedgerUnavailable(f"the ledger at {self._address} refuses the credentials of its url") from error
+        except _UNAVAILABLE as error:
+            why = str(error) or f"no answer within {self._timeout_s} s"
+            raise LedgerUnavailable(f"the ledger at {self._address} is not available: {why}") from error
+        except exceptions.ResponseError as error:
+            if str(error).startswith(("INVALID", "WRONGTYPE")):
+                raise InvalidDocument(f"the ledger at {self._address} holds a foreign document: {error}") from error
+            raise LedgerError(f"the ledger at {self._address} failed: {error}") from error
+        except exceptions.RedisError as error:
+            raise LedgerError(f"the ledger at {self._address} failed: {error}") from error
+
+
+def _address(url: str) -> str:
+    """Where the ledger is, for people: the url without credentials and options."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
+    return f"{parts.scheme}://{parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+def _seconds(microseconds: bytes) -> float:
+    return decode_count(microseconds, "time") / 1e6
+
+
+def _instance_view(row: list[Any]) -> InstanceView:
+    """One row of the view script. Raises InvalidDocument naming the instance."""
+    instance_id, state, info, load, reported_at_us, reservations = row
+    name = instance_id.decode(errors="replace")
+    try:
+        view = InstanceView(
+            info=decode_info(info, state or b""),
+            load=None if load is None else decode_load(load),
+            reported_at_s=0.0 if reported_at_us is None else _seconds(reported_at_us),
+            reservations=tuple(
+                Reservation(
+                    request_id=request_id.decode(errors="replace"),
+                    instance_id=name,
+                    tokens=decode_count(tokens, "reservation: tokens"),
+                    expires_at_s=_seconds(expires_us),
+                )
+                for request_id, tokens, expires_us in sorted(zip(*[iter(reservations)] * 3, strict=True))
+            ),
+        )
+    except InvalidDocument as error:
+        raise InvalidDocument(f"instance {name}: {error}") from None
+    if view.info.instance_id != name:
+        raise InvalidDocument(f"instance {name}: its registration names {view.info.instance_id[:160]}")
+    return view
