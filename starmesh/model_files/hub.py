@@ -16,8 +16,8 @@ from starmesh.model_files.directory import ModelNotFound, check_model
 REACH_TIMEOUT_S: Final = 5.0
 
 # What serving needs, at the top of the repository: no pickled weights, no copies in other formats.
-_WANTED = ("*.json", "*.safetensors", "chat_template.jinja")
-_UNWANTED = ("*/*", "consolidated*")
+WANTED = ("*.json", "*.safetensors", "chat_template.jinja")
+UNWANTED = ("*/*", "consolidated*")
 
 
 def cached_snapshot(hub_id: str) -> Path | None:
@@ -62,8 +62,8 @@ def download_snapshot(hub_id: str, commit: str) -> Path:
                 snapshot_download(
                     hub_id,
                     revision=commit,
-                    allow_patterns=list(_WANTED),
-                    ignore_patterns=list(_UNWANTED),
+                    allow_patterns=list(WANTED),
+                    ignore_patterns=list(UNWANTED),
                 )
             )
         )
