@@ -1,0 +1,1 @@
+"""The predictor service: how many tokens each running request still has to generate."""

@@ -1,0 +1,1 @@
+"""The prefill service: runs prompts and holds their KV until a decode instance has pulled it."""

@@ -1,0 +1,1 @@
+"""The rescheduler service: one leader observes, plans and commands migrations."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from starmesh.ledger import Ledger, LedgerError
-from starmesh.types import InstanceInfo, InstanceLoad, InstanceState
+from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, TransferBackend
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,10 @@ class Membership:
     def ledger_reachable(self) -> bool:
         """Whether the last report got through."""
         return self._reachable
+
+    def update(self, *, address: str, transfer_backends: tuple[TransferBackend, ...] = ()) -> None:
+        """Set what is known only once the server listens. Before ``start``."""
+        self._info = dataclasses.replace(self._info, address=address, transfer_backends=transfer_backends)
 
     async def start(self) -> None:
         """Register and begin to report. Raises LedgerError when the ledger does not answer: a process that has never

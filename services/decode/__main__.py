@@ -1,0 +1,27 @@
+"""``python -m services.decode``"""
+
+import asyncio
+
+from services.decode.config import DecodeSettings
+from services.decode.servicer import DecodeServicer
+from services.decode.worker import DecodeWorker
+from starmesh.instance.instance import open_instance
+from starmesh.process import run_service
+from starmesh.types import Role
+from starmesh.v1 import decode_pb2, decode_pb2_grpc
+
+
+async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
+    """Serve until ``stop``, then drain within the grace period."""
+    instance = await open_instance(settings, Role.DECODE, prefix_caching=False)
+    worker = DecodeWorker(instance)
+    instance.server.add(
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+        DecodeServicer(worker, max_timeout_s=settings.max_timeout_s),
+        decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name,
+    )
+    await instance.run(stop, deliver=worker.deliver, close=worker.close)
+
+
+if __name__ == "__main__":
+    run_service("decode", DecodeSettings, serve)

@@ -1,0 +1,7 @@
+"""Settings of the rescheduler."""
+
+from starmesh.process import ServiceSettings
+
+
+class ReschedulerSettings(ServiceSettings):
+    """Nothing yet beyond what every service has."""

@@ -1,0 +1,45 @@
+"""A process without an engine that takes part in the cluster: health, reflection and a place in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from starmesh.ledger.membership import Membership
+from starmesh.ledger.redis import RedisLedger
+from starmesh.process import ServiceSettings, write_port_file
+from starmesh.rpc.server import RpcServer
+from starmesh.types import InstanceInfo, InstanceLoad, Role
+
+log = logging.getLogger(__name__)
+
+_NO_BLOCKS = InstanceLoad(total_blocks=0, free_blocks=0)
+
+
+async def serve_bare(settings: ServiceSettings, role: Role, stop: asyncio.Event) -> None:
+    """Serve until ``stop``. Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
+
+    async def load() -> InstanceLoad:
+        return _NO_BLOCKS
+
+    server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    address = await server.start()
+    info = InstanceInfo(
+        instance_id=settings.instance_id,
+        incarnation=secrets.token_hex(8),
+        role=role,
+        address=settings.advertise or address,
+    )
+    membership = Membership(ledger, info, load=load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s)
+    try:
+        await membership.start()
+        await server.set_serving(True)
+        write_port_file(settings.port_file, address)
+        log.info("serving on %s", address)
+        await stop.wait()
+    finally:
+        await server.stop(0.0)
+        await membership.stop()
+        await ledger.close()

@@ -1,0 +1,228 @@
+"""A running engine instance: engine thread, KV transfer, leases, membership, drain, in the order that they start
+and stop. What it does with sequences is its service's."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from starmesh.engine.engine import SequenceOutput
+from starmesh.engine.thread import EngineThread
+from starmesh.instance.loading import LoadedEngine, load_engine
+from starmesh.instance.servicer import InstanceServicer
+from starmesh.instance.settings import EngineSettings
+from starmesh.ledger.membership import Membership
+from starmesh.ledger.redis import RedisLedger
+from starmesh.model_files import DEFAULT_MODEL, fetch_model
+from starmesh.process import write_port_file
+from starmesh.rpc.channels import ChannelPool
+from starmesh.rpc.server import RpcServer
+from starmesh.transfer import PullResult
+from starmesh.transfer.ends import KvTransfer, open_transfer
+from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, KvTicket, Role, TransferBackend
+from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 5.0
+
+
+class Instance:
+    """Made by ``open_instance``; add the service's servicer to ``server``, then ``run``."""
+
+    def __init__(self, settings: EngineSettings, role: Role, loaded: LoadedEngine) -> None:
+        self.instance_id = settings.instance_id
+        self.layout = loaded.memory.layout
+        self.engine = EngineThread(lambda: loaded.core, self._pass_on)
+        self.server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+        self._memory = loaded.memory
+        self._deliver: Callable[[list[SequenceOutput]], None] | None = None
+        self._settings = settings
+        self._transfer: KvTransfer | None = None
+        self._channels = ChannelPool()
+        self._pulled_bytes = 0
+        self._pulled_with: TransferBackend | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._nothing_left = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+        info = InstanceInfo(
+            instance_id=self.instance_id,
+            incarnation=secrets.token_hex(8),
+            role=role,
+            address=settings.advertise,
+            layout=self.layout,
+            max_sequence_tokens=loaded.max_sequence_tokens,
+            max_sequences=settings.max_sequences,
+        )
+        self.membership = Membership(
+            self._ledger, info, load=self.load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
+        )
+
+    @property
+    def state(self) -> InstanceState:
+        """Whether it takes new work."""
+        return self.membership.info.state
+
+    @property
+    def leases(self) -> int:
+        """Leases that others have on its blocks."""
+        return len(self.transfer.leases)
+
+    @property
+    def transfer(self) -> KvTransfer:
+        """Both ends of its KV transfer. Raises RuntimeError before ``run``."""
+        if self._transfer is None:
+            raise RuntimeError("the instance is not running")
+        return self._transfer
+
+    async def load(self) -> InstanceLoad:
+        """What it reports of itself, as of between two steps."""
+        load = await self.engine.call(lambda core: core.load())
+        # A drain ends with the first report that finds nothing: each end of a sequence brings a report about.
+        if self.state is InstanceState.DRAINING and load.free_blocks == load.total_blocks and not load.sequences:
+            self._nothing_left.set()
+        return dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
+
+    def lease(self, request_id: str, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
+        """Lease a held sequence's blocks to whoever pulls them. Raises LeaseTableFull."""
+        duration_s = self._settings.kv_lease_s
+        lease_id = self.transfer.grant(block_ids, request_id, duration_s=duration_s)
+        return KvTicket(
+            lease_id=lease_id,
+            instance_id=self.instance_id,
+            address=self.membership.info.address,
+            layout=self.layout,
+            block_ids=tuple(block_ids),
+            resident_tokens=resident_tokens,
+            lease_duration_s=duration_s,
+        )
+
+    def revoke_leases(self, request_id: str) -> None:
+        """End the leases of a request; its blocks are the caller's to free."""
+        self.transfer.revoke(request_id)
+
+    async def pull(self, ticket: KvTicket, local_block_ids: Sequence[int]) -> PullResult:
+        """Pull a ticket's blocks and end its lease. Raises TransferError; then what was pulled is not to be used."""
+        puller = self.transfer.puller
+        result = await puller.pull(
+            ticket, ticket.block_ids, local_block_ids, timeout_s=self._settings.transfer_timeout_s
+        )
+        await puller.release(ticket, timeout_s=RELEASE_TIMEOUT_S)
+        self._pulled_bytes += result.bytes
+        self._pulled_with = result.backend
+        return result
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run ``work`` to its end without waiting for it; the instance's stop does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def drain(self) -> int:
+        """Take nothing new; report DRAINED when the last sequence and lease have gone. Returns the sequences left."""
+        load = await self.load()
+        left = load.running_sequences + load.waiting_sequences
+        if self.state is InstanceState.READY:
+            log.info("draining, %d sequences left", left)
+            await self.membership.set_state(InstanceState.DRAINING)
+            self.background(self._finish_drain())
+        return left
+
+    async def run(
+        self,
+        stop: asyncio.Event,
+        *,
+        deliver: Callable[[list[SequenceOutput]], None],
+        close: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Serve until ``stop``; then drain within the grace period, ``close`` the service and leave. ``deliver`` takes
+        what each step made, on the event loop.
+
+        Raises RuntimeError when the engine's thread died, OSError when the port is taken, and LedgerError when the
+        ledger does not answer at the start.
+        """
+        self._deliver = deliver
+        settings = self._settings
+        self._transfer = await open_transfer(
+            self._memory,
+            instance_id=self.instance_id,
+            incarnation=self.membership.info.incarnation,
+            backends=settings.transfer_backends,
+            on_end=lambda request_id: self.background(self._free(request_id)),
+            channel_for=self._channels.get,
+        )
+        service = transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name
+        self.server.add(transfer_pb2_grpc.add_TransferServiceServicer_to_server, self._transfer.servicer, service)
+        service = cluster_pb2.DESCRIPTOR.services_by_name["InstanceService"].full_name
+        self.server.add(cluster_pb2_grpc.add_InstanceServiceServicer_to_server, InstanceServicer(self), service)
+        await self.engine.start()
+        address = await self.server.start()
+        self.membership.update(address=settings.advertise or address, transfer_backends=self._transfer.backends)
+        try:
+            await self.membership.start()
+            await self.server.set_serving(True)
+            write_port_file(settings.port_file, address)
+            log.info("serving on %s", address)
+            await self._until(stop)
+            await self.server.set_serving(False)
+            await self._drain_within(settings.grace_s)
+        finally:
+            await close()
+            await self.server.stop(1.0)
+            await self.membership.stop()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._transfer.close()
+            await self._channels.close()
+            await self.engine.stop()
+            await self._ledger.close()
+            log.info("stopped")
+
+    def _pass_on(self, outputs: list[SequenceOutput]) -> None:
+        if self._deliver is not None:
+            self._deliver(outputs)
+
+    async def _until(self, stop: asyncio.Event) -> None:
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([stopping, self.engine.failed], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if self.engine.failed.done():
+            raise RuntimeError(f"the engine died: {self.engine.failed.result()!r}") from self.engine.failed.result()
+
+    async def _drain_within(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.drain()
+                await self._drained.wait()
+        except TimeoutError:
+            log.warning("grace of %.1f s is over: the routers go on elsewhere with what is left", grace_s)
+
+    async def _finish_drain(self) -> None:
+        await self._nothing_left.wait()
+        await self.membership.set_state(InstanceState.DRAINED)
+        self._drained.set()
+        log.info("drained: safe to stop")
+
+    async def _free(self, request_id: str) -> None:
+        await self.engine.call(lambda core: core.release(request_id))
+        self.membership.report_soon()
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background work failed", exc_info=task.exception())
+
+
+async def open_instance(settings: EngineSettings, role: Role, *, prefix_caching: bool) -> Instance:
+    """Fetch and load the model.
+
+    Raises ModelNotFound, UnsupportedModel or ValueError, each with what to do next.
+    """
+    model_dir = await asyncio.to_thread(fetch_model, settings.model or DEFAULT_MODEL, progress=log.info)
+    log.info("loading %s on %s (%s)", model_dir.name, settings.device, settings.dtype)
+    loaded = await asyncio.to_thread(load_engine, settings, model_dir, prefix_caching=prefix_caching)
+    return Instance(settings, role, loaded)

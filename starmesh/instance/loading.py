@@ -1,0 +1,56 @@
+"""Makes the engine of an instance: the model's weights, the KV pool that fits the memory given, the stop strings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from starmesh.clock import WallClock
+from starmesh.engine.engine import EngineConfig, EngineCore
+from starmesh.instance.settings import EngineSettings
+from starmesh.tokenizer import ModelTokenizer, StopMatcher
+from starmesh.transfer import BlockMemory
+from starmesh.types import SequenceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine that no thread runs yet, the bytes of its KV pool, and the longest sequence that it takes."""
+
+    core: EngineCore
+    memory: BlockMemory
+    max_sequence_tokens: int
+
+
+def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bool) -> LoadedEngine:
+    """Load the weights and set the KV pool up. Takes seconds: not for the event loop.
+
+    Raises UnsupportedModel, and ValueError when the memory holds no useful number of blocks.
+    """
+    # Here and not above: it costs seconds, which a wrong flag should not.
+    from starmesh.engine.model import TorchExecutor
+
+    executor = TorchExecutor.load(
+        model_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory_bytes=settings.kv_memory_mib * 1024 * 1024,
+        block_tokens=settings.block_tokens,
+        threads=settings.threads,
+    )
+    tokenizer = ModelTokenizer.load(model_dir)
+
+    def stop_checker(spec: SequenceSpec) -> StopMatcher:
+        return StopMatcher(tokenizer, spec.sampling.stop_strings)
+
+    max_sequence_tokens = min(executor.context_tokens, executor.total_blocks * settings.block_tokens)
+    config = EngineConfig(
+        eos_token_ids=frozenset(executor.eos_token_ids),
+        max_sequence_tokens=max_sequence_tokens,
+        max_step_tokens=settings.max_step_tokens,
+        max_sequences=settings.max_sequences,
+        max_waiting_sequences=settings.max_waiting,
+        prefix_caching=prefix_caching,
+    )
+    core = EngineCore(executor, config, stop_checker=stop_checker, clock=WallClock())
+    return LoadedEngine(core, executor.memory, max_sequence_tokens)

@@ -1,0 +1,43 @@
+"""Settings of an engine instance."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from starmesh.process import ServiceSettings
+from starmesh.types import TransferBackend
+
+
+class EngineSettings(ServiceSettings):
+    """Settings of a prefill or decode instance."""
+
+    model: str = Field("", description="model directory, hub id or name; empty: the default model")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="element type of weights and KV")
+    kv_memory_mib: int = Field(512, gt=0, description="memory for KV blocks")
+    block_tokens: int = Field(16, ge=1, le=256, description="tokens of a KV block")
+    threads: int = Field(
+        1, ge=1, description="CPU threads of a forward; more than the idle cores makes all of them spin and wait"
+    )
+    max_sequences: int = Field(64, ge=1, description="sequences in a batch")
+    max_step_tokens: int = Field(512, ge=1, description="tokens computed in a step: bounds how long a step takes")
+    max_waiting: int = Field(256, ge=1, description="sequences that may wait; more are refused")
+    transfer: str = Field("nixl,stream", description="transfer backends, best first; one that is missing is left out")
+    transfer_timeout_s: float = Field(30.0, gt=0, description="time that a pull may take")
+    kv_lease_s: float = Field(30.0, gt=0, description="how long KV is kept for whoever is to pull it")
+
+    @field_validator("transfer")
+    @classmethod
+    def _known_backends(cls, value: str) -> str:
+        known = [backend.value for backend in TransferBackend]
+        unknown = [name for name in value.split(",") if name not in known]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} unknown; use some of {', '.join(known)}, separated by commas")
+        return value
+
+    @property
+    def transfer_backends(self) -> list[TransferBackend]:
+        """The backends that ``transfer`` names."""
+        return [TransferBackend(name) for name in self.transfer.split(",")]
