@@ -1,0 +1,360 @@
+"""The engine core: turns schedules into batches, sampled tokens into outputs, and decides when a sequence ends.
+
+Owns the rules of ending (EOS, stop strings, lengths), the survival of failed steps, and the instance's load figures.
+Scheduling is ``scheduler``'s, forwards and sampling are the executor's, and ``thread`` keeps it off the event loop:
+nothing here is asynchronous or thread-safe, and every call acts at once, between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starmesh.clock import Clock
+from starmesh.engine.batch import Batch, BatchItem, Executor, StepResult
+from starmesh.engine.block_pool import BlockPool, IntegrityError
+from starmesh.engine.scheduler import Chunk, Scheduler
+from starmesh.engine.sequence import Sequence, SequenceStatus
+from starmesh.types import FinishReason, InstanceLoad, SequenceSpec
+
+logger = logging.getLogger(__name__)
+
+# Weight of the newest step in the exponential average of step times: about the last ten steps count.
+STEP_AVERAGE_WEIGHT = 0.1
+
+
+class StopChecker(Protocol):
+    """Watches one sequence's output for its stop strings."""
+
+    def feed(self, token_id: int) -> bool:
+        """Take the next output token; whether the text so far contains a stop string."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine; see ``Scheduler`` for how they bind. ``eos_token_ids`` and ``max_sequence_tokens`` (the
+    context length) are the model's."""
+
+    eos_token_ids: frozenset[int]
+    max_sequence_tokens: int
+    max_step_tokens: int = 256
+    max_sequences: int = 64
+    max_waiting_sequences: int = 256
+    prefix_caching: bool = False
+    watermark: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """What a step made of one sequence.
+
+    ``offset`` counts the output tokens before ``token_ids``. ``finish_reason`` is set when it ended, ``error`` when the
+    engine gave it up because a step failed (it may be tried again elsewhere): in both cases nothing of it is left here.
+    ``hidden_state`` is [hidden], the final hidden state of the last token computed, in the executor's array type; it
+    may be a view of the step's array, so copy it to keep it. ``cached_tokens`` were found in the prefix cache and
+    ``queue_duration_s`` passed before its first step.
+    """
+
+    request_id: str
+    epoch: int
+    offset: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    hidden_state: Any = None
+    cached_tokens: int = 0
+    queue_duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedSequence:
+    """A sequence taken out of the batch; ``block_ids`` hold the KV of its first ``resident_tokens`` tokens."""
+
+    spec: SequenceSpec
+    block_ids: tuple[int, ...]
+    resident_tokens: int
+
+
+class EngineCore:
+    """Continuous batching over ``executor``'s KV pool.
+
+    ``stop_checker`` makes the checker of a sequence with stop strings; it is fed every output token, those that the
+    sequence came with first. Raises ValueError for limits that contradict each other.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        stop_checker: Callable[[SequenceSpec], StopChecker],
+        clock: Clock,
+    ) -> None:
+        self._executor = executor
+        self._config = config
+        self._stop_checker = stop_checker
+        self._clock = clock
+        self._pool = BlockPool(executor.total_blocks, block_tokens=executor.layout.block_tokens)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_step_tokens=config.max_step_tokens,
+            max_sequences=config.max_sequences,
+            max_waiting_sequences=config.max_waiting_sequences,
+            max_sequence_tokens=config.max_sequence_tokens,
+            prefix_caching=config.prefix_caching,
+            watermark=config.watermark,
+        )
+        self._stop_checkers: dict[str, StopChecker] = {}
+        self._stalled = False
+        self._step_duration_s = 0.0
+        self._output_tokens = 0
+
+    def __repr__(self) -> str:
+        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        return f"<EngineCore running={running} waiting={waiting} {self._pool!r}>"
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence runs or waits. Held sequences and reservations may still have blocks."""
+        return not self._scheduler.running and not self._scheduler.waiting
+
+    @property
+    def runnable(self) -> bool:
+        """Whether ``step`` may get anything done. False while idle, and when the last step found that all wait for
+        blocks that only another call can free."""
+        return not self.idle and not self._stalled
+
+    def add(self, spec: SequenceSpec, *, hold: bool = False) -> None:
+        """Queue a sequence to be computed from its tokens (prompt, and outputs of a recovered one).
+
+        With ``hold`` it is taken out of the batch, HELD with its blocks, once its next token is sampled, until
+        ``release``; if it ends with that token nothing is held. An older epoch of the request is dropped: end its
+        lease, if there is one. Raises DuplicateRequest, CapacityError, QueueFull, and ValueError for a sequence that
+        has nothing to generate.
+        """
+        checker = self._checker_for(spec)
+        self._scheduler.add(spec, hold=hold, now_s=self._clock.now_s())
+        self._watch(spec.request_id, checker)
+
+    def reserve(self, request_id: str, epoch: int, tokens: int) -> tuple[int, ...] | None:
+        """Take blocks for an incoming sequence of ``tokens`` tokens (headroom included), to be pulled into.
+
+        None when there is no room now. An older epoch of the request is cancelled first. Raises CapacityError, and
+        DuplicateRequest when the same or a newer epoch is here.
+        """
+        block_ids = self._scheduler.reserve(request_id, epoch, tokens)
+        self._settle()
+        return block_ids
+
+    def start(self, spec: SequenceSpec, resident_tokens: int) -> None:
+        """Run a reserved sequence whose blocks now hold the KV of its first ``resident_tokens`` tokens.
+
+        Raises UnknownRequest when it is not reserved under this epoch, CapacityError, or ValueError when tokens and
+        blocks don't go together.
+        """
+        checker = self._checker_for(spec)
+        self._scheduler.start(spec, resident_tokens, now_s=self._clock.now_s())
+        self._watch(spec.request_id, checker)
+
+    def held(self, request_id: str) -> tuple[tuple[int, ...], int]:
+        """Block ids and resident tokens of a held sequence. Raises UnknownRequest."""
+        sequence = self._scheduler.find(request_id, SequenceStatus.HELD)
+        return self._resident_blocks(sequence), sequence.computed_tokens
+
+    def export(self, request_id: str) -> ExportedSequence:
+        """Take a running sequence out of the batch and hold its blocks until ``release`` or ``resume``.
+
+        Raises UnknownRequest, also for one that waits: it has no blocks.
+        """
+        sequence = self._scheduler.find(request_id, SequenceStatus.RUNNING)
+        self._scheduler.hold(sequence)
+        self._settle()
+        return ExportedSequence(sequence.spec(), self._resident_blocks(sequence), sequence.computed_tokens)
+
+    def resume(self, request_id: str) -> None:
+        """Undo ``export``: the sequence goes on here at the next step. Raises UnknownRequest or CapacityError."""
+        self._scheduler.resume(request_id)
+        self._stalled = False
+
+    def cancel(self, request_id: str, epoch: int | None = None) -> bool:
+        """Drop a request, whatever its status, and free its blocks; with ``epoch``, only that epoch or an older one.
+
+        Returns whether there was one. No output reports it.
+        """
+        removed = self._scheduler.remove(request_id, epoch)
+        self._settle()
+        return removed
+
+    def release(self, request_id: str, epoch: int | None = None) -> bool:
+        """Free a held sequence's blocks; ``epoch`` as in ``cancel``. Returns False when none is held."""
+        sequence = self._scheduler.sequences.get(request_id)
+        if sequence is None or sequence.status is not SequenceStatus.HELD:
+            return False
+        return self.cancel(request_id, epoch)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step; one output for each sequence that got a token or was given up.
+
+        A failing executor costs the sequences of its batch, never the engine. Raises IntegrityError only.
+        """
+        schedule = self._scheduler.schedule()
+        self._stalled = not schedule.chunks and not schedule.preempted
+        if not schedule.chunks:
+            return []
+        started_s = self._clock.now_s()
+        for chunk in schedule.chunks:
+            if chunk.sequence.queue_duration_s is None:
+                chunk.sequence.queue_duration_s = started_s - chunk.sequence.queued_at_s
+        try:
+            result = self._executor.execute(Batch(tuple(map(_batch_item, schedule.chunks))))
+            sampled = _sampled(schedule.chunks, result)
+        except Exception as error:
+            # Out of memory included. What the step wrote is unknown, but only into blocks that are freed here.
+            logger.exception("a step of %d sequences failed", len(schedule.chunks))
+            outputs = [self._give_up(chunk.sequence, error) for chunk in schedule.chunks]
+        else:
+            outputs = self._commit(schedule.chunks, sampled)
+            self._note_step(self._clock.now_s() - started_s)
+        self._settle()
+        return outputs
+
+    def load(self) -> InstanceLoad:
+        """The instance's load now. Reserved sequences count in ``free_blocks`` only, until they start."""
+        scheduler = self._scheduler
+        return InstanceLoad(
+            total_blocks=self._pool.total_blocks,
+            free_blocks=self._pool.free_blocks,
+            running_sequences=len(scheduler.running),
+            waiting_sequences=len(scheduler.waiting),
+            resident_tokens=sum(sequence.computed_tokens for sequence in scheduler.sequences.values()),
+            step_duration_s=self._step_duration_s,
+            output_tokens=self._output_tokens,
+            preemptions=scheduler.preemptions,
+            sequences=tuple(sequence.load() for sequence in scheduler.sequences.values()),
+        )
+
+    def check_integrity(self) -> None:
+        """Recount all blocks. Runs by itself whenever the engine has become idle. Raises IntegrityError."""
+        self._scheduler.check_integrity()
+        if not self._stop_checkers.keys() <= self._scheduler.sequences.keys():
+            raise IntegrityError("stop checkers outlived their sequences")
+
+    def _checker_for(self, spec: SequenceSpec) -> StopChecker | None:
+        if not spec.sampling.stop_strings:
+            return None
+        checker = self._stop_checker(spec)
+        if any(checker.feed(token_id) for token_id in spec.output_token_ids):
+            raise ValueError(f"{spec.request_id} has a stop string in its output already")
+        return checker
+
+    def _watch(self, request_id: str, checker: StopChecker | None) -> None:
+        self._stop_checkers.pop(request_id, None)  # an older epoch's
+        if checker is not None:
+            self._stop_checkers[request_id] = checker
+        self._stalled = False
+
+    def _commit(self, chunks: tuple[Chunk, ...], sampled: list[tuple[int, Any] | None]) -> list[SequenceOutput]:
+        outputs = []
+        for chunk, sample in zip(chunks, sampled, strict=True):
+            sequence = chunk.sequence
+            self._scheduler.advance(sequence, chunk.tokens)
+            if sample is None:
+                continue
+            token_id, hidden_state = sample
+            offset = sequence.output_tokens
+            try:
+                finish_reason = self._finish_reason(sequence, token_id)
+            except Exception as error:
+                logger.exception("the stop checker of %s failed", sequence.request_id)
+                outputs.append(self._give_up(sequence, error))
+                continue
+            sequence.token_ids.append(token_id)
+            self._output_tokens += 1
+            outputs.append(
+                SequenceOutput(
+                    request_id=sequence.request_id,
+                    epoch=sequence.epoch,
+                    offset=offset,
+                    token_ids=(token_id,),
+                    finish_reason=finish_reason,
+                    hidden_state=hidden_state,
+                    cached_tokens=sequence.cached_tokens,
+                    queue_duration_s=sequence.queue_duration_s or 0.0,
+                )
+            )
+            if finish_reason is not None:
+                self._scheduler.remove(sequence.request_id)
+            elif sequence.hold:
+                self._scheduler.hold(sequence)
+        return outputs
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Whether and why the sequence ends with this next token. The EOS token is part of the output, as in the
+        ``generate`` of transformers."""
+        if token_id in self._config.eos_token_ids and not sequence.sampling.ignore_eos:
+            return FinishReason.STOP
+        checker = self._stop_checkers.get(sequence.request_id)
+        if checker is not None and checker.feed(token_id):
+            return FinishReason.STOP
+        if sequence.output_tokens + 1 >= sequence.sampling.max_output_tokens:
+            return FinishReason.LENGTH
+        if sequence.tokens + 1 >= self._scheduler.limit_tokens(hold=sequence.hold):
+            return FinishReason.LENGTH
+        return None
+
+    def _give_up(self, sequence: Sequence, error: Exception) -> SequenceOutput:
+        self._scheduler.remove(sequence.request_id)
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            epoch=sequence.epoch,
+            offset=sequence.output_tokens,
+            error=f"a step failed: {type(error).__name__}: {error}",
+        )
+
+    def _resident_blocks(self, sequence: Sequence) -> tuple[int, ...]:
+        return tuple(sequence.block_ids[: self._pool.blocks_for(sequence.computed_tokens)])
+
+    def _note_step(self, duration_s: float) -> None:
+        if self._step_duration_s == 0.0:
+            self._step_duration_s = duration_s
+        else:
+            self._step_duration_s += STEP_AVERAGE_WEIGHT * (duration_s - self._step_duration_s)
+
+    def _settle(self) -> None:
+        """After anything that may have ended sequences or freed blocks."""
+        self._stalled = False
+        for request_id in self._stop_checkers.keys() - self._scheduler.sequences.keys():
+            del self._stop_checkers[request_id]
+        if self.idle:
+            self.check_integrity()
+
+
+def _batch_item(chunk: Chunk) -> BatchItem:
+    # The lists are the sequence's own, not copies: a long context would cost more to copy than to schedule. Nothing
+    # changes them until the step is over.
+    sequence = chunk.sequence
+    start = sequence.computed_tokens
+    catches_up = chunk.tokens == sequence.uncomputed_tokens
+    return BatchItem(
+        request_id=sequence.request_id,
+        token_ids=sequence.token_ids[start : start + chunk.tokens],
+        start=start,
+        block_ids=sequence.block_ids,
+        sampling=sequence.sampling,
+        history=sequence.token_ids if catches_up else None,
+    )
+
+
+def _sampled(chunks: tuple[Chunk, ...], result: StepResult) -> list[tuple[int, Any] | None]:
+    """Token and hidden state for each chunk, None for those that don't sample. Raises ValueError for a result that
+    does not match the batch."""
+    expected = [chunk.tokens == chunk.sequence.uncomputed_tokens for chunk in chunks]
+    if [token_id is not None for token_id in result.token_ids] != expected:
+        raise ValueError("the executor's tokens do not match the batch")
+    rows = iter(result.hidden_states) if result.hidden_states is not None else None
+    return [
+        None if token_id is None else (token_id, None if rows is None else next(rows)) for token_id in result.token_ids
+    ]
