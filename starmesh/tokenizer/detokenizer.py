@@ -121,9 +121,15 @@ class _WindowDecoder:
         self._window: list[int] = []
 
     def feed(self, token_ids: Iterable[int]) -> str:
-        special, byte_ids = self._tokenizer.special_token_ids, self._tokenizer.byte_token_ids
-        self._window += [token_id for token_id in token_ids if token_id not in special]
-        if not self._window or self._window[-1] in byte_ids:
+        # One by one, so that what is final does not depend on how tokens are grouped.
+        return "".join(map(self._feed, token_ids))
+
+    def _feed(self, token_id: int) -> str:
+        tokenizer = self._tokenizer
+        if token_id in tokenizer.special_token_ids or tokenizer.backend.id_to_token(token_id) is None:
+            return ""  # not even the end of a run of bytes
+        self._window.append(token_id)
+        if token_id in tokenizer.byte_token_ids:
             return ""
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps a character that the next token completes
