@@ -188,7 +188,8 @@ class Instance:
 
     async def _until(self, stop: asyncio.Event) -> None:
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait([stopping, self.engine.failed], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [stopping, self.engine.failed]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if self.engine.failed.done():
             raise RuntimeError(f"the engine died: {self.engine.failed.result()!r}") from self.engine.failed.result()

@@ -41,6 +41,7 @@ class Membership:
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
+        self._state_told = True
 
     @property
     def info(self) -> InstanceInfo:
@@ -69,11 +70,16 @@ class Membership:
     async def set_state(self, state: InstanceState) -> None:
         """Change whether the instance takes new work, here and, as soon as it answers, in the ledger."""
         self._info = dataclasses.replace(self._info, state=state)
+        self._state_told = False
         try:
-            await self._ledger.set_state(self._info.instance_id, self._info.incarnation, state)
+            await self._tell_state()
         except LedgerError as error:
-            # The registration that follows a recovered ledger carries the state.
-            log.warning("could not tell the ledger that this instance is %s: %s", state.value, error)
+            log.warning("the ledger will hear later that this instance is %s: %s", state.value, error)
+
+    async def _tell_state(self) -> None:
+        info = self._info
+        await self._ledger.set_state(info.instance_id, info.incarnation, info.state)
+        self._state_told = True
 
     async def stop(self) -> None:
         """Stop reporting and leave the ledger."""
@@ -103,6 +109,8 @@ class Membership:
 
     async def _report(self) -> None:
         load = await self._load()
+        if not self._state_told:
+            await self._tell_state()
         instance_id, incarnation = self._info.instance_id, self._info.incarnation
         if not await self._ledger.report(instance_id, incarnation, load, ttl_s=self._ttl_s):
             await self._ledger.register(self._info, ttl_s=self._ttl_s)
