@@ -1,7 +1,8 @@
 """Moving KV blocks between instances: the side that needs KV pulls described, leased blocks.
 
-This file is the port. ``stream`` (chunked gRPC) and ``nixl`` implement ``Puller``; ``negotiate`` chooses. ``lease``
-keeps blocks alive while others pull them. Knows nothing of sequences, models or torch: memory is a ``BlockMemory``.
+This file is the port. ``stream`` (chunked gRPC) and ``nixl`` move bytes; ``negotiate`` chooses between them and is the
+``Puller``; ``servicer`` is the holder's end; ``lease`` says which blocks others may read, until when; ``ends`` holds
+both ends of an instance. Knows nothing of sequences, models or torch: memory is a ``BlockMemory``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from starmesh.types import DeviceRange as DeviceRange
 from starmesh.types import KvLayout, KvTicket, TransferBackend
 
 
@@ -27,16 +29,8 @@ class LayoutMismatch(TransferError):
     def __init__(self, field: str, ours: object, theirs: object) -> None:
         super().__init__(f"KV layouts differ in {field}: {ours!r} here, {theirs!r} there")
         self.field = field
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRange:
-    """Registered memory: ``address`` of block 0, ``size`` in bytes, "DRAM" or "VRAM", device number."""
-
-    address: int
-    size: int
-    memory: str
-    device: int
+        self.ours = ours
+        self.theirs = theirs
 
 
 class BlockMemory(Protocol):

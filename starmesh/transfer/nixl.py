@@ -1,0 +1,293 @@
+"""The NIXL backend: one-sided READs from a holder's registered pool into ours (UCX: shared memory, TCP, RDMA, NVLink).
+
+Owns the agent, its registration of the whole pool, and the READs in flight. Leases and the choice of a backend are
+others' business. All native calls are made on one thread, none on the event loop.
+
+What NIXL 1.5 does that shapes this file (observed):
+
+- A READ cannot be taken back. Releasing its handle, or removing the peer, leaves it under way, and its bytes land in
+  our blocks when a holder that hung comes back. Only destroying the agent stops it. So a READ past its deadline costs
+  us the agent: a new one is made, READs of others that were under way fail, and holders see a new agent name.
+- A peer that dies makes its READs fail within milliseconds, and those have ended for good.
+- Between processes of one host the copy happens inside ``transfer``, so that call blocks for as long as the copy
+  takes: READs are posted in windows, for others to get their turn.
+- A removed peer that is added again at once may fail to connect. Names are new with every incarnation and agent, so
+  only a peer that failed comes back under its name, and the puller leaves it alone for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+from starmesh.transfer import BlockMemory, TransferError
+from starmesh.transfer.worker_thread import to_its_end
+from starmesh.v1 import transfer_pb2
+
+log = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+WINDOW_BYTES = 64 * 1024 * 1024
+"""Bytes of a READ at most: about 20 ms of one core's copying."""
+
+TURN_S = 0.005
+"""How long one READ is watched before the thread looks after the others."""
+
+POLL_S = 0.0002
+"""Time between two looks at a READ."""
+
+CANCEL_GRACE_S = 1.0
+"""How long a cancelled READ may take to end by itself before the agent is given up."""
+
+
+class NixlError(TransferError):
+    """NIXL failed between two agents; another backend may still reach the peer."""
+
+
+def load_nixl() -> ModuleType | None:
+    """NIXL's Python API, None where no wheel of it is installed. The wheels differ in CUDA's version only."""
+    # NIXL and UCX report every set-up on stdout. What fails reaches us as an exception, so they can keep quiet.
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+    for name in ("nixl._api", "nixl_cu12._api", "nixl_cu13._api"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def merge_runs(block_ids: Sequence[int], local_block_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Pair blocks one to one, and merge pairs that continue on both sides: (remote first, local first, blocks)."""
+    start = 0
+    for index in range(1, len(block_ids) + 1):
+        if index == len(block_ids) or (
+            block_ids[index] != block_ids[index - 1] + 1 or local_block_ids[index] != local_block_ids[index - 1] + 1
+        ):
+            yield block_ids[start], local_block_ids[start], index - start
+            start = index
+
+
+@dataclass(slots=True, eq=False)
+class _Read:
+    """One pull's READs, a window at a time. ``handle`` and ``generation`` are set while one is under way."""
+
+    peer: transfer_pb2.NixlEndpoint
+    deadline_s: float
+    handle: Any = None
+    generation: int = 0
+
+    def hurry(self) -> None:
+        self.deadline_s = min(self.deadline_s, time.monotonic() + CANCEL_GRACE_S)
+
+
+class NixlAgent:
+    """One instance's NIXL agent, with its whole pool registered: read by others, and reading from others."""
+
+    def __init__(self, api: ModuleType, memory: BlockMemory, name: str) -> None:
+        """Made by ``open``. ``name`` is unique in the cluster."""
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nixl")
+        self._native = _NativeAgent(api, memory, name)
+
+    @classmethod
+    async def open(cls, api: ModuleType, memory: BlockMemory, name: str) -> NixlAgent:
+        """Start an agent and register the pool. Raises NixlError when NIXL can't (no UCX, memory it can't pin)."""
+        agent = cls(api, memory, name)
+        try:
+            await agent._call(agent._native.start)
+        except NixlError:
+            agent._thread.shutdown(wait=False)
+            raise
+        return agent
+
+    def endpoint(self) -> transfer_pb2.NixlEndpoint:
+        """What a peer needs to read from this pool, as of now."""
+        return self._native.endpoint
+
+    async def read(
+        self,
+        peer: transfer_pb2.NixlEndpoint,
+        block_ids: Sequence[int],
+        local_block_ids: Sequence[int],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Copy the peer's ``block_ids`` into ``local_block_ids``, one to one.
+
+        Raises NixlError. Once it has returned or raised, cancelled or not, nothing more is written; a cancelled READ
+        may take CANCEL_GRACE_S to get there.
+        """
+        read = _Read(peer, time.monotonic() + timeout_s)
+        await to_its_end(self._read(read, block_ids, local_block_ids), on_cancel=read.hurry)
+
+    async def forget(self, agent_name: str) -> None:
+        """Disconnect from a peer's agent once no READ from it is under way."""
+        await self._call(self._native.forget, agent_name)
+
+    async def close(self) -> None:
+        """Stop the agent: READs under way fail, the memory is deregistered."""
+        await self._call(self._native.stop)
+        self._thread.shutdown(wait=False)
+
+    async def _read(self, read: _Read, block_ids: Sequence[int], local_block_ids: Sequence[int]) -> None:
+        window = max(1, WINDOW_BYTES // read.peer.block_bytes)
+        for start in range(0, len(block_ids), window):
+            runs = merge_runs(block_ids[start : start + window], local_block_ids[start : start + window])
+            await self._call(self._native.post, read, list(runs))
+            while not await self._call(self._native.watch, read):
+                pass
+
+    async def _call(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        def run() -> Result:
+            return function(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+
+class _NativeAgent:
+    """The agent as its one thread sees it: blocking calls, no locks."""
+
+    def __init__(self, api: ModuleType, memory: BlockMemory, name: str) -> None:
+        self._api = api
+        self._name = name
+        self._range = memory.device_range
+        self._block_bytes = memory.layout.block_bytes
+        self._generation = 0
+        self._agent: Any = None
+        self._registered: Any = None
+        self._peers: set[str] = set()
+        self._forgotten: set[str] = set()
+        self._reads: set[_Read] = set()
+        self.endpoint = transfer_pb2.NixlEndpoint()
+
+    def start(self) -> None:
+        self._generation += 1
+        name = f"{self._name}/{self._generation}"
+        try:
+            agent = self._api.nixl_agent(name, self._api.nixl_agent_config(backends=["UCX"]))
+            region = (self._range.address, self._range.size, self._range.device, "")
+            self._registered = agent.register_memory([region], self._range.memory)
+            metadata = agent.get_agent_metadata()
+        except Exception as error:
+            raise NixlError(f"NIXL does not start ({error!r}); run with the stream backend only") from error
+        self._agent = agent
+        self.endpoint = transfer_pb2.NixlEndpoint(
+            agent=name,
+            metadata=metadata,
+            base_address=self._range.address,
+            block_bytes=self._block_bytes,
+            memory=self._range.memory,
+            device=self._range.device,
+        )
+
+    def stop(self) -> None:
+        """Destroy the agent, and with it what is under way."""
+        for read in self._reads:
+            # The handle refers to the agent and would keep it alive.
+            _release(read)
+        self._reads.clear()
+        self._peers.clear()
+        self._forgotten.clear()
+        self._registered = self._agent = None
+
+    def post(self, read: _Read, runs: Sequence[tuple[int, int, int]]) -> None:
+        if self._agent is None:
+            self.start()
+        peer = read.peer
+        posted = False
+        try:
+            if peer.agent not in self._peers:
+                self._agent.add_remote_agent(peer.metadata)
+                self._peers.add(peer.agent)
+            self._forgotten.discard(peer.agent)
+            size = self._block_bytes
+            ours = [
+                (self._range.address + local * size, blocks * size, self._range.device) for _, local, blocks in runs
+            ]
+            theirs = [(peer.base_address + first * size, blocks * size, peer.device) for first, _, blocks in runs]
+            read.handle = self._agent.initialize_xfer(
+                "READ",
+                self._agent.get_xfer_descs(ours, self._range.memory),
+                self._agent.get_xfer_descs(theirs, peer.memory),
+                peer.agent,
+            )
+            read.generation = self._generation
+            self._reads.add(read)
+            posted = True
+            self._agent.transfer(read.handle)
+        except Exception as error:
+            self._fail(read, error, posted)
+
+    def watch(self, read: _Read) -> bool:
+        """Watch a READ for a turn. Returns whether it is done; raises NixlError when it failed or its time is up."""
+        if read.generation != self._generation or read not in self._reads:
+            raise NixlError(f"READ from {read.peer.agent}: the local agent was restarted")
+        until_s = time.monotonic() + TURN_S
+        try:
+            while (state := self._agent.check_xfer_state(read.handle)) == "PROC":
+                now_s = time.monotonic()
+                if now_s >= read.deadline_s:
+                    raise TimeoutError("its time is up")
+                if now_s >= until_s:
+                    return False
+                time.sleep(POLL_S)
+            if state != "DONE":
+                raise RuntimeError(f"state {state}")
+        except Exception as error:
+            self._fail(read, error, posted=True)
+        self._end(read)
+        return True
+
+    def forget(self, agent_name: str) -> None:
+        self._forgotten.add(agent_name)
+        self._remove_forgotten()
+
+    def _fail(self, read: _Read, error: Exception, posted: bool) -> None:
+        """End a READ that failed; where bytes of it may still come, end the agent too. Raises NixlError."""
+        disconnected = "REMOTE_DISCONNECT" in str(error)
+        self._end(read)
+        if posted and not disconnected:
+            log.warning("restarting NIXL: a READ from %s did not end (%s)", read.peer.agent, error)
+            self.stop()
+            self.start()
+        else:
+            self.forget(read.peer.agent)
+        raise NixlError(f"READ from {read.peer.agent}: {error!r}") from error
+
+    def _end(self, read: _Read) -> None:
+        _release(read)
+        self._reads.discard(read)
+        self._remove_forgotten()
+
+    def _remove_forgotten(self) -> None:
+        busy = {read.peer.agent for read in self._reads}
+        for name in self._forgotten - busy:
+            self._forgotten.remove(name)
+            if name in self._peers:
+                self._peers.remove(name)
+                try:
+                    self._agent.remove_remote_agent(name)
+                except Exception as error:  # it is gone, which is what was asked for
+                    log.debug("removing NIXL peer %s: %r", name, error)
+
+
+def _release(read: _Read) -> None:
+    if read.handle is None:
+        return
+    try:
+        read.handle.release()
+    except Exception as error:  # still under way; the agent's end takes care of it
+        log.debug("releasing a READ from %s: %r", read.peer.agent, error)
+    read.handle = None
