@@ -65,7 +65,6 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestPool.pytestmark = [pytest.mark.fast]
 
 
 def test_the_least_recently_used_cached_block_is_evicted_first_and_free_ones_before_any() -> None:

@@ -41,7 +41,7 @@ def spec(request_id: str = "a", prompt: tuple[int, ...] = LONG_PROMPT, **fields:
 def engine(executor: CheckingExecutor | None = None, **options: Any) -> EngineCore:
     checker: Callable[[SequenceSpec], Any] = options.pop("stop_checker", StopAtToken)
     clock = options.pop("clock", VirtualClock())
-    config = {
+    config: dict[str, Any] = {
         "eos_token_ids": frozenset({EOS}),
         "max_sequence_tokens": 1000,
         "max_step_tokens": 16,
@@ -307,10 +307,9 @@ def test_an_engine_whose_sequences_wait_for_others_blocks_is_not_runnable_until_
     core.add(spec("waiting", LONG_PROMPT[:8]))
     assert core.runnable
     assert core.step() == []
-    assert not core.runnable
-    assert not core.idle
+    assert (core.runnable, core.idle) == (False, False)
     core.release("held")
-    assert core.runnable
+    assert (core.runnable, core.idle) == (True, False)
     assert tokens_of(drain(core), "waiting") == reference_tokens(LONG_PROMPT[:8], 17)
 
 
