@@ -14,7 +14,7 @@ from enum import Enum
 from typing import NoReturn, TypeVar
 
 from starmesh.ledger import InvalidDocument
-from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES
+from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES, MAX_TRANSFER_BACKENDS
 from starmesh.types import (
     InstanceInfo,
     InstanceLoad,
@@ -71,7 +71,7 @@ def decode_info(document: bytes, state: bytes) -> InstanceInfo:
         layout=None if fields.is_null("layout") else _layout(fields.child("layout")),
         transfer_backends=tuple(
             _member(TransferBackend, value, "registration: transfer_backends")
-            for value in fields.array("transfer_backends", limit=16)
+            for value in fields.array("transfer_backends", limit=MAX_TRANSFER_BACKENDS)
         ),
         max_sequence_tokens=fields.count("max_sequence_tokens"),
         max_sequences=fields.count("max_sequences"),
@@ -167,7 +167,7 @@ def _layout(fields: _Fields) -> KvLayout:
 
 def _sequence(row: object) -> SequenceLoad:
     if not isinstance(row, list) or len(row) != 6 or not isinstance(row[0], str) or not all(map(_is_count, row[1:])):
-        _refuse("load: a sequence is not a request id and five counts")
+        _refuse("load: sequences holds something other than a request id and five counts")
     return SequenceLoad(*row)
 
 

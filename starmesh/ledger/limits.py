@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-from starmesh.types import MAX_REQUEST_ID_LENGTH, InstanceLoad, Ownership
+from starmesh.types import MAX_REQUEST_ID_LENGTH, InstanceInfo, InstanceLoad, Ownership
 
-MAX_INSTANCES = 256
 MAX_SEQUENCES = 4096
+MAX_TRANSFER_BACKENDS = 16
 MAX_TTL_S = 86_400.0
 # Lua numbers are doubles: larger integers would be rounded inside the store.
 MAX_COUNT = 2**53 - 1
@@ -56,9 +57,33 @@ def check_claim(expected: Ownership | None, epoch: int) -> None:
         raise ValueError(f"epoch {epoch} does not exceed the expected {expected.epoch}")
 
 
+def check_info(info: InstanceInfo) -> None:
+    """Demand a registration that every process can read back."""
+    check_ids(info.instance_id, info.incarnation)
+    _check_counts(info.max_sequence_tokens, info.max_sequences)
+    if info.layout is not None:
+        layout = info.layout
+        _check_counts(layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens)
+    if len(info.transfer_backends) > MAX_TRANSFER_BACKENDS:
+        raise ValueError(f"an instance offers at most {MAX_TRANSFER_BACKENDS} transfer backends")
+
+
 def check_load(load: InstanceLoad) -> None:
-    """Demand a load that a document can hold."""
+    """Demand a load that every process can read back: one that cannot would blind the cluster, not its reporter."""
     if len(load.sequences) > MAX_SEQUENCES:
         raise ValueError(f"a load lists at most {MAX_SEQUENCES} sequences, not {len(load.sequences)}")
-    if not 0 <= load.free_blocks <= load.total_blocks <= MAX_COUNT:
+    if not 0 <= load.free_blocks <= load.total_blocks:
         raise ValueError(f"{load.free_blocks} of {load.total_blocks} blocks cannot be free")
+    if not 0 <= load.step_duration_s < math.inf:
+        raise ValueError(f"a step cannot take {load.step_duration_s} s")
+    _check_counts(load.total_blocks, load.running_sequences, load.waiting_sequences, load.resident_tokens)
+    _check_counts(load.output_tokens, load.preemptions, load.transfer_bytes)
+    for item in load.sequences:
+        check_ids(item.request_id)
+        _check_counts(item.epoch, item.prompt_tokens, item.output_tokens, item.resident_tokens, item.max_output_tokens)
+
+
+def _check_counts(*counts: int) -> None:
+    for count in counts:
+        if not 0 <= count <= MAX_COUNT:
+            raise ValueError(f"{count} is not a count")

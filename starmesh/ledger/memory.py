@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 
 from starmesh.clock import Clock
 from starmesh.ledger import OwnershipConflict, Refusal, ReservationRefused
-from starmesh.ledger.limits import check_claim, check_epoch, check_ids, check_load, check_reservation, check_ttl
+from starmesh.ledger.limits import (
+    check_claim,
+    check_epoch,
+    check_ids,
+    check_info,
+    check_load,
+    check_reservation,
+    check_ttl,
+)
 from starmesh.types import (
     ClusterView,
     InstanceInfo,
@@ -40,7 +48,7 @@ class MemoryLedger:
         self._owners: dict[str, tuple[Ownership, float]] = {}
 
     async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
-        check_ids(info.instance_id, info.incarnation)
+        check_info(info)
         check_ttl(ttl_s)
         expires_at_s = self._clock.now_s() + ttl_s
         present = self._live(info.instance_id, info.incarnation)

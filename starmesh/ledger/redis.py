@@ -47,6 +47,7 @@ from starmesh.ledger.limits import (
     check_cluster,
     check_epoch,
     check_ids,
+    check_info,
     check_load,
     check_reservation,
     check_ttl,
@@ -123,7 +124,7 @@ class RedisLedger:
         return f"RedisLedger({self._address}, {self._prefix})"
 
     async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
-        check_ids(info.instance_id, info.incarnation)
+        check_info(info)
         block_tokens = info.layout.block_tokens if info.layout else 0
         await self._run(
             "register",

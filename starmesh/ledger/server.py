@@ -46,9 +46,10 @@ if os.getppid() == int(sys.argv[1]):
 class EmbeddedServer:
     """A running server. ``url`` is for ``RedisLedger.connect``; use it as an async context manager, or ``stop`` it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path, url: str) -> None:
-        self._process = process
+    def __init__(self, command: list[str], directory: Path, url: str) -> None:
+        self._command = command
         self._directory = directory
+        self._process = _spawn(command)
         self.url = url
 
     @classmethod
@@ -65,14 +66,24 @@ class EmbeddedServer:
         # A file rather than arguments: anyone can read the arguments of a process.
         config = directory / "server.conf"
         config.write_text("".join(f"{setting}\n" for setting in (*settings, *_common_settings(directory))))
-        # Not in a worker thread: the server would end with that thread.
-        server = cls(_spawn(program, config), directory, url)
+        server = cls([str(program), str(config)], directory, url)
         try:
             await server._wait_until_ready(timeout_s)
         except BaseException:
             await asyncio.shield(server.stop())
             raise
         return server
+
+    async def restart(self, *, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Start again at the same url, empty, whether the server still runs or has died. Raises as ``start``."""
+        await self._end()
+        self._process = _spawn(self._command)
+        await self._wait_until_ready(timeout_s)
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process lives."""
+        return self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -81,13 +92,16 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """End the server and remove its directory. Idempotent."""
+        await self._end()
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    async def _end(self) -> None:
         self._process.terminate()
         try:
             await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
-        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -100,7 +114,7 @@ class EmbeddedServer:
         try:
             async with asyncio.timeout(timeout_s):
                 while not await self._answers(client):
-                    if self._process.poll() is not None:
+                    if not self.running:
                         raise LedgerError(f"the embedded ledger server ended at once: {self._last_words()}")
                     await asyncio.sleep(0.005)
         except TimeoutError:
@@ -177,8 +191,8 @@ def _common_settings(directory: Path) -> list[str]:
     ]
 
 
-def _spawn(program: Path, config: Path) -> subprocess.Popen[bytes]:
-    command = [str(program), str(config)]
+def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
+    """Not to be called in a worker thread: the server would end with that thread."""
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
     return subprocess.Popen(
