@@ -106,6 +106,18 @@ class Mesh:
 
         await until(seen, f"the router to see {count} instances")
 
+    async def kill_ledger(self) -> None:
+        """kill -9 of the Valkey."""
+        assert self.server is not None
+        os.kill(self.server.pid, signal.SIGKILL)
+        server = self.server
+        await until(lambda: not server.running, "the ledger to be gone")
+
+    async def restart_ledger(self) -> None:
+        """Start it again, empty, at the same address."""
+        assert self.server is not None
+        await self.server.restart()
+
     def channel(self, name: str = "router") -> grpc.aio.Channel:
         """A channel to a service."""
         channel = open_channel(self.services[name].address)
