@@ -49,7 +49,7 @@ class EmbeddedServer:
     def __init__(self, command: list[str], directory: Path, url: str) -> None:
         self._command = command
         self._directory = directory
-        self._process = _spawn(command)
+        self._process = _spawn(command, directory)
         self.url = url
 
     @classmethod
@@ -77,7 +77,7 @@ class EmbeddedServer:
     async def restart(self, *, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start again at the same url, empty, whether the server still runs or has died. Raises as ``start``."""
         await self._end()
-        self._process = _spawn(self._command)
+        self._process = _spawn(self._command, self._directory)
         await self._wait_until_ready(timeout_s)
 
     @property
@@ -191,12 +191,13 @@ def _common_settings(directory: Path) -> list[str]:
     ]
 
 
-def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], directory: Path) -> subprocess.Popen[bytes]:
     """Not to be called in a worker thread: the server would end with that thread."""
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
     return subprocess.Popen(
         command,
+        cwd=directory,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -103,7 +103,7 @@ def test_uses_a_server_on_path_when_none_is_packaged(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("script", "timeout_s", "error"),
-    [("echo 'Bad directive' > server.log; exit 1", 20.0, "ended at once"), ("exec sleep 1000", 0.3, "did not answer")],
+    [("echo 'Bad directive' > server.log; exit 1", 20.0, "Bad directive"), ("exec sleep 1000", 0.3, "did not answer")],
 )
 async def test_server_that_does_not_come_up_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, timeout_s: float, error: str
