@@ -1,0 +1,50 @@
+"""The ``starmesh`` command: its tree of commands."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from starmesh.cli import local_commands, router_commands
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(help="Get models.", no_args_is_help=True)
+
+for command in (
+    local_commands.up,
+    router_commands.generate,
+    router_commands.status,
+    router_commands.drain,
+    router_commands.bench,
+    local_commands.demo,
+):
+    app.command()(command)
+model_app.command()(local_commands.fetch)
+app.add_typer(model_app, name="model")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("starmesh"))
+        raise typer.Exit
+
+
+@app.callback()
+def starmesh(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve language models with prefill and decode on separate instances."""

@@ -1,0 +1,196 @@
+"""A cluster of local processes: starts the ledger and all services, keeps them up, ends them.
+
+Owns the order of things and what is said about them; ``service_process`` owns each process. One line for each event
+goes to ``report``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from starmesh.cli.run import CliError
+from starmesh.cli.service_process import ServiceProcess, ServiceSpec
+from starmesh.ledger import LedgerError
+from starmesh.ledger.server import EmbeddedServer
+
+START_TIMEOUT_S: Final = 180.0
+"""Bound of a start: loading a large model from a slow disk takes minutes, a hang takes for ever."""
+_LEDGER_POLL_S = 1.0
+_KILL_AFTER_S = 3.0  # beyond the services' own grace
+_FIRST_RESTART_DELAY_S = 1.0
+_MAX_RESTART_DELAY_S = 30.0
+_STABLE_S = 60.0  # a service that ran this long starts with the first delay again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router."""
+
+    model: Path
+    run_directory: Path
+    prefill: int = 1
+    decode: int = 2
+    listen: str = "127.0.0.1:0"
+    ledger: str = ""
+    grace_s: float = 5.0
+    engine_flags: tuple[str, ...] = ()
+    router_flags: tuple[str, ...] = ()
+    shared_flags: tuple[str, ...] = ()
+
+    def services(self, ledger: str) -> list[ServiceSpec]:
+        """All services, the router first."""
+        counts = {"router": 1, "prefill": self.prefill, "decode": self.decode, "rescheduler": 1, "predictor": 1}
+        model = ("--model", str(self.model))
+        own_flags = {
+            "router": (*model, *self.router_flags),
+            "prefill": (*model, *self.engine_flags),
+            "decode": (*model, *self.engine_flags),
+        }
+        return [
+            ServiceSpec(
+                instance_id=f"{role}-{number}",
+                role=role,
+                ledger=ledger,
+                flags=(
+                    *("--listen", self.listen if role == "router" else "127.0.0.1:0"),
+                    *("--grace-s", f"{self.grace_s:g}"),
+                    *self.shared_flags,
+                    *own_flags.get(role, ()),
+                ),
+            )
+            for role, count in counts.items()
+            for number in range(count)
+        ]
+
+
+class LocalCluster:
+    """A running cluster; made by ``start_cluster``."""
+
+    def __init__(
+        self,
+        processes: list[ServiceProcess],
+        ledger: EmbeddedServer | None,
+        plan: ClusterPlan,
+        report: Callable[[str], None],
+    ) -> None:
+        self.processes = processes
+        self._ledger = ledger
+        self._plan = plan
+        self._report = report
+
+    @property
+    def address(self) -> str:
+        """The router's HOST:PORT."""
+        return self.processes[0].address
+
+    async def wait_until_serving(self) -> None:
+        """Return when every service is SERVING.
+
+        Raises CliError, with the end of the log, for one that dies or is not SERVING within ``START_TIMEOUT_S``.
+        """
+
+        async def wait(process: ServiceProcess) -> None:
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    serving = await process.wait_until_serving()
+            except TimeoutError:
+                raise CliError(_death(process, f"is not serving after {START_TIMEOUT_S:g} s")) from None
+            if not serving:
+                raise CliError(_death(process, "ended while it started"))
+            self._report(f"{process.spec.instance_id} serves at {process.address}")
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for process in self.processes:
+                    tasks.create_task(wait(process))
+        except* CliError as errors:
+            raise errors.exceptions[0] from None
+
+    async def supervise(self, *, restart: bool) -> None:
+        """Report each service that dies and, with ``restart``, start it again. Runs until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._ledger is not None:
+                tasks.create_task(self._keep_ledger(self._ledger, restart=restart))
+            for process in self.processes:
+                tasks.create_task(self._keep(process, restart=restart))
+
+    async def _keep(self, process: ServiceProcess, *, restart: bool) -> None:
+        name = process.spec.instance_id
+        delay_s = _FIRST_RESTART_DELAY_S
+        while True:
+            await process.wait()
+            if time.monotonic() - process.started_at_s > _STABLE_S:
+                delay_s = _FIRST_RESTART_DELAY_S
+            if not restart:
+                self._report(f"{name} died ({process.end}); the others go on; its log: {process.log_path}")
+                return
+            self._report(f"{name} died ({process.end}); starting it again in {delay_s:g} s; log: {process.log_path}")
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _MAX_RESTART_DELAY_S)
+            await process.start()
+            if await process.wait_until_serving():
+                self._report(f"{name} serves again at {process.address}")
+
+    async def _keep_ledger(self, ledger: EmbeddedServer, *, restart: bool) -> None:
+        while True:
+            await asyncio.sleep(_LEDGER_POLL_S)
+            if ledger.running:
+                continue
+            if not restart:
+                self._report("the ledger died; streams go on, new requests go by its last state")
+                return
+            self._report("the ledger died; starting it again, empty: the services rebuild it")
+            try:
+                await ledger.restart()
+            except LedgerError as error:
+                self._report(f"the ledger does not start: {error}; trying again")
+
+    async def stop(self) -> None:
+        """End all services: SIGTERM, and SIGKILL for what is left after the grace."""
+        for process in self.processes:
+            process.terminate()
+        try:
+            async with asyncio.timeout(self._plan.grace_s + _KILL_AFTER_S):
+                await asyncio.gather(*(process.wait() for process in self.processes))
+        except TimeoutError:
+            late = [process.spec.instance_id for process in self.processes if process.running]
+            self._report(f"{', '.join(late)} did not end in time: killed")
+        finally:
+            # Also when a second Ctrl-C cancels the wait.
+            for process in self.processes:
+                process.kill()
+        await asyncio.gather(*(process.wait() for process in self.processes))
+
+
+@asynccontextmanager
+async def start_cluster(plan: ClusterPlan, report: Callable[[str], None]) -> AsyncIterator[LocalCluster]:
+    """A cluster that is SERVING; all its processes have ended when the context has.
+
+    Raises CliError when a service or the embedded ledger does not come up.
+    """
+    plan.run_directory.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        try:
+            ledger = None if plan.ledger else await stack.enter_async_context(await EmbeddedServer.start())
+        except LedgerError as error:
+            raise CliError(str(error)) from error
+        specs = plan.services(plan.ledger if ledger is None else ledger.url)
+        processes = [ServiceProcess(spec, plan.run_directory) for spec in specs]
+        cluster = LocalCluster(processes, ledger, plan, report)
+        stack.push_async_callback(cluster.stop)
+        for process in processes:
+            await process.start()
+        report(f"{len(processes)} services are starting; their logs: {plan.run_directory}")
+        await cluster.wait_until_serving()
+        yield cluster
+
+
+def _death(process: ServiceProcess, what: str) -> str:
+    how = f" ({process.end})" if process.end else ""
+    return f"{process.spec.instance_id} {what}{how}; the end of its log, {process.log_path}:\n{process.log_tail()}"

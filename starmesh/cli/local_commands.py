@@ -1,0 +1,124 @@
+"""Commands of this machine: ``up``, ``demo`` and ``model fetch``, their options and help.
+
+What they do is in the modules beside this one, imported only when they run: ``--help`` loads neither gRPC nor a model.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starmesh.cli.run import fail, run
+
+_DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+Model = Annotated[str, typer.Option(metavar="NAME|DIR", help="Default model, hub id (org/name) or directory.")]
+Prefill = Annotated[int, typer.Option(min=1, help="Prefill instances.")]
+Decode = Annotated[int, typer.Option(min=1, help="Decode instances.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+
+def up(
+    *,
+    prefill: Prefill = 1,
+    decode: Decode = 2,
+    model: Model = _DEFAULT_MODEL,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = 50051,
+    ledger: Annotated[
+        str, typer.Option(envvar="STARMESH_LEDGER", metavar="URL", help="Redis to use. (default: one of its own)")
+    ] = "",
+    cluster: Annotated[str, typer.Option(help="Name of the cluster; several may share a Redis.")] = "default",
+    dispatch: Annotated[str | None, typer.Option(metavar="POLICY", help="How instances are chosen.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait for an instance with room.")] = None,
+    kv_memory_mib: Annotated[int | None, typer.Option(help="Memory for KV blocks, per instance.")] = None,
+    block_tokens: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
+    max_sequences: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Tokens computed in a step.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each instance.")] = None,
+    transfer: Annotated[str | None, typer.Option(metavar="LIST", help="KV transfer backends, best first.")] = None,
+    restart: Annotated[bool, typer.Option(help="Start a service again that dies.")] = True,
+    run_dir: Annotated[Path | None, typer.Option(help="Directory for logs. (default: a new temporary one)")] = None,
+) -> None:
+    """Start a local cluster and keep it up until Ctrl-C."""
+    from rich.console import Console
+
+    from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.cli.up import up as keep_up
+
+    engine = {
+        "--device": device,
+        "--dtype": dtype,
+        "--kv-memory-mib": kv_memory_mib,
+        "--block-tokens": block_tokens,
+        "--max-sequences": max_sequences,
+        "--max-step-tokens": max_step_tokens,
+        "--threads": threads,
+        "--transfer": transfer,
+    }
+    plan = ClusterPlan(
+        model=_fetch(model),
+        run_directory=_run_directory(run_dir),
+        prefill=prefill,
+        decode=decode,
+        listen=f"127.0.0.1:{port}",
+        ledger=ledger,
+        shared_flags=("--cluster", cluster),
+        engine_flags=_flags(engine),
+        router_flags=_flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
+    )
+    run(keep_up(plan, Console(), restart=restart))
+
+
+def demo(model: Model = _DEFAULT_MODEL, prefill: Prefill = 1, decode: Decode = 2, device: Device = "cpu") -> None:
+    """Start a local cluster, stream an answer, show the instances, stop."""
+    from rich.console import Console
+
+    from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.cli.up import demo as show_demo
+
+    plan = ClusterPlan(
+        model=_fetch(model),
+        run_directory=_run_directory(None),
+        prefill=prefill,
+        decode=decode,
+        engine_flags=("--device", device),
+    )
+    run(show_demo(plan, Console()))
+
+
+def fetch(
+    *,
+    name: Annotated[str, typer.Argument(help="Default model, hub id (org/name) or directory.")] = _DEFAULT_MODEL,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing when it is here already.")] = False,
+) -> None:
+    """Download a model, unless it is on this machine already, and print its directory."""
+    directory = _fetch(name)
+    if not quiet:
+        print(directory)
+
+
+def _fetch(name: str) -> Path:
+    from starmesh.model_files import ModelNotFound, fetch_model
+
+    try:
+        return fetch_model(name, progress=lambda line: print(line, file=sys.stderr))
+    except ModelNotFound as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _run_directory(wanted: Path | None) -> Path:
+    return wanted if wanted is not None else Path(tempfile.mkdtemp(prefix="starmesh-run-"))
+
+
+def _flags(values: dict[str, str | int | None]) -> tuple[str, ...]:
+    """Flags for the services; what is None is left to their own defaults."""
+    return tuple(part for flag, value in values.items() if value is not None for part in (flag, str(value)))

@@ -1,0 +1,180 @@
+"""Commands that talk to a router: ``generate``, ``bench``, ``status`` and ``drain``, their options and help.
+
+What they do is in the modules beside this one, imported only when they run: ``--help`` does not load gRPC.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from starmesh.cli import options
+from starmesh.cli.options import DEFAULT_ADDRESS, Asking
+from starmesh.cli.run import CliError, fail, run
+
+if TYPE_CHECKING:
+    from starmesh.cli.bench_report import Report
+
+
+def generate(
+    *,
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; - reads stdin.", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    chat: options.Chat = None,
+    system: options.System = "",
+    max_output_tokens: options.MaxOutputTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    ignore_eos: options.IgnoreEos = False,
+    timeout: options.Timeout = 600.0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer only.")] = False,
+    address: options.Address = DEFAULT_ADDRESS,
+) -> None:
+    """Stream the answer to a prompt. Ctrl-C cancels it."""
+    from starmesh.cli.generate import generate as stream
+    from starmesh.cli.router import connect
+
+    text = _prompt(prompt, file)
+    asking = Asking(
+        chat=chat,
+        system=system,
+        max_output_tokens=max_output_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop_strings=tuple(stop or ()),
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+
+    async def command() -> None:
+        async with connect(address) as router:
+            await stream(router, text, asking, timeout_s=timeout, quiet=quiet)
+
+    run(command(), address=address)
+
+
+def status(
+    *,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between looks with --watch.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    address: options.Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show the instances of a cluster."""
+    from rich.console import Console
+
+    from starmesh.cli import status as views
+    from starmesh.cli.router import connect
+
+    async def command() -> None:
+        async with connect(address) as router:
+            if as_json:
+                print(await views.status_json(router))
+            elif watch:
+                await views.watch_status(router, Console(), interval_s=interval)
+            else:
+                await views.show_status(router, Console())
+
+    run(command(), address=address)
+
+
+def drain(
+    instance: Annotated[str, typer.Argument(help="Id of the instance, as `starmesh status` shows it.")],
+    wait: Annotated[bool, typer.Option(help="Wait until it has nothing left.")] = True,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 600.0,
+    address: options.Address = DEFAULT_ADDRESS,
+) -> None:
+    """Let an instance finish what it has and take nothing new."""
+    from rich.console import Console
+
+    from starmesh.cli.drain import drain as drain_instance
+    from starmesh.cli.router import connect
+
+    async def command() -> None:
+        async with connect(address) as router:
+            await drain_instance(router, instance, Console(), wait=wait, timeout_s=timeout)
+
+    run(command(), address=address)
+
+
+def bench(
+    *,
+    prompts: Annotated[str, typer.Argument(metavar="FILE", help='JSON Lines of {"prompt": ...}; .gz; - for stdin.')],
+    rate: Annotated[float | None, typer.Option(help="Requests per second, as a Poisson process.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Without --rate: requests in flight at a time.")] = 16,
+    requests: Annotated[int | None, typer.Option("--requests", min=1, help="How many. (default: all lines)")] = None,
+    arrival_seed: Annotated[int, typer.Option(help="Seed of the arrivals.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Seconds that TTFT may take for goodput.")] = 2.0,
+    slo_tpot: Annotated[float, typer.Option(min=0, help="Seconds that TPOT may take for goodput.")] = 0.2,
+    json_file: options.JsonFile = None,
+    chat: options.Chat = None,
+    system: options.System = "",
+    max_output_tokens: options.MaxOutputTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    ignore_eos: options.IgnoreEos = False,
+    timeout: options.Timeout = 600.0,
+    address: options.Address = DEFAULT_ADDRESS,
+) -> None:
+    """Put load on a cluster and measure TTFT, TPOT, ITL, tokens per second and goodput."""
+    from starmesh.cli.bench import Load, read_prompts
+    from starmesh.cli.bench_command import run_bench, write_json
+    from starmesh.cli.router import connect
+
+    if rate is not None and rate <= 0:
+        raise typer.BadParameter("must be more than 0", param_hint="--rate")
+    asking = Asking(
+        chat=chat,
+        system=system,
+        max_output_tokens=max_output_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop_strings=tuple(stop or ()),
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+
+    try:
+        lines = read_prompts(prompts)
+    except CliError as error:
+        fail(str(error))
+    load = Load(
+        requests=requests or len(lines), rate=rate, concurrency=concurrency, seed=arrival_seed, timeout_s=timeout
+    )
+
+    async def command() -> Report:
+        async with connect(address) as router:
+            return await run_bench(router, lines, asking, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
+
+    report = run(command(), address=address)
+    if json_file is not None:
+        write_json(json_file, load, report)
+    if all(outcome.error for outcome in report.outcomes):
+        fail(f"every request failed with {report.outcomes[0].error}; see `starmesh status`")
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from where it is. Raises typer.BadParameter unless there is exactly one."""
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give either a prompt or --file", param_hint="PROMPT")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        return sys.stdin.read() if prompt == "-" else str(prompt)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {file or 'stdin'}: {error}")

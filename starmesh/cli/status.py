@@ -1,0 +1,130 @@
+"""``starmesh status``: the cluster's instances as a table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.v1 import cluster_pb2
+
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "drained": "dim"}
+_STALE_S = 2.0
+_RATE_INTERVAL_S = 0.5
+
+
+class TokenRates:
+    """Output tokens per second of each instance, between one observation of the cluster and the next."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, int]] = {}
+        self._rates: dict[str, float] = {}
+
+    def observe(self, response: cluster_pb2.WatchClusterResponse) -> dict[str, float]:
+        """The rates by instance id; an instance seen for the first time, or started anew, has none."""
+        now_s = response.observe_time.seconds + response.observe_time.nanos / 1e9
+        rates = {}
+        seen = {}
+        for instance in response.instances:
+            name, tokens = instance.instance_id, instance.load.output_tokens
+            # The report's own time: between two reports nothing changes, which is no rate of zero.
+            at_s = now_s - (instance.report_age.seconds + instance.report_age.nanos / 1e9)
+            last = self._last.get(name)
+            if last is not None and at_s - last[0] < _RATE_INTERVAL_S / 2:
+                seen[name] = last
+                if name in self._rates:
+                    rates[name] = self._rates[name]
+                continue
+            seen[name] = (at_s, tokens)
+            if last is not None and tokens >= last[1]:
+                rates[name] = (tokens - last[1]) / (at_s - last[0])
+        self._last, self._rates = seen, rates
+        return rates
+
+
+def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, float]) -> RenderableType:
+    """The instances, a line each, and a line on the router's requests."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("instance", "role", "state", "address"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("KV used", "running", "waiting", "tokens/s", "step ms", "output tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for instance in response.instances:
+        table.add_row(*_cells(instance, rates))
+    line = f"{response.active_requests} requests active, {response.queued_requests} queued"
+    if not response.ledger_available:
+        return Group(table, Text(line), Text("the ledger does not answer: the table is as last seen", style="red"))
+    return Group(table, Text(line))
+
+
+async def observe(router: RouterClient, *, interval_s: float) -> AsyncIterator[RenderableType]:
+    """The table, again and again; ends with the router's stream. Raises AioRpcError when that breaks."""
+    request = cluster_pb2.WatchClusterRequest()
+    request.interval.FromNanoseconds(int(interval_s * 1e9))
+    rates = TokenRates()
+    # A stream that is meant to last has no deadline; keepalive notices a router that has gone.
+    call = router.cluster.WatchCluster(request)
+    try:
+        async for response in call:
+            yield cluster_table(response, rates.observe(response))
+    finally:
+        call.cancel()
+
+
+async def show_status(router: RouterClient, console: Console) -> None:
+    """Print the table once. Two observations, since a rate needs two."""
+    table: RenderableType = ""
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        tables = observe(router, interval_s=_RATE_INTERVAL_S)
+        for _ in range(2):
+            table = await anext(tables)
+        await tables.aclose()  # type: ignore[attr-defined] # an async generator
+    console.print(table)
+
+
+async def watch_status(router: RouterClient, console: Console, *, interval_s: float) -> None:
+    """Show the table until Ctrl-C: in place on a terminal, one after another elsewhere."""
+    if not console.is_terminal:
+        async for table in observe(router, interval_s=interval_s):
+            console.print(table)
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        async for table in observe(router, interval_s=interval_s):
+            live.update(table, refresh=True)
+
+
+async def status_json(router: RouterClient) -> str:
+    """The instances as JSON, fields as in the protocol."""
+    response = await router.cluster.ListInstances(cluster_pb2.ListInstancesRequest(), timeout=CALL_TIMEOUT_S)
+    content = MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps(content, indent=2)
+
+
+def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[str | Text]:
+    load = instance.load
+    yield instance.instance_id
+    yield cluster_pb2.Role.Name(instance.role).removeprefix("ROLE_").lower()
+    state = cluster_pb2.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
+    age_s = instance.report_age.seconds + instance.report_age.nanos / 1e9
+    if age_s > _STALE_S:
+        yield Text(f"silent {age_s:.0f} s", style="red")
+    else:
+        yield Text(state, style=_STATE_STYLES.get(state, ""))
+    yield instance.address
+    if not load.total_blocks:
+        yield from ("",) * 6
+        return
+    yield f"{1 - load.free_blocks / load.total_blocks:.0%}"
+    yield str(load.running_sequences)
+    yield str(load.waiting_sequences)
+    rate = rates.get(instance.instance_id)
+    yield "" if rate is None else f"{rate:.1f}"
+    yield f"{(load.step_duration.seconds * 1e3 + load.step_duration.nanos / 1e6):.0f}"
+    yield str(load.output_tokens)

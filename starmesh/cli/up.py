@@ -1,0 +1,90 @@
+"""``starmesh up`` and ``starmesh demo``: a local cluster in the foreground, and one that shows itself and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+from collections.abc import Callable
+
+import grpc.aio
+from rich.console import Console
+from rich.live import Live
+
+from starmesh.cli.generate import generate
+from starmesh.cli.local_cluster import ClusterPlan, LocalCluster, start_cluster
+from starmesh.cli.options import Asking
+from starmesh.cli.router import connect
+from starmesh.cli.status import observe, show_status
+
+DEMO_PROMPT = "Explain in three sentences why the sky is blue."
+_DEMO_OUTPUT_TOKENS = 96
+_DEMO_TIMEOUT_S = 120.0
+_REFRESH_S = 1.0
+
+
+async def up(plan: ClusterPlan, console: Console, *, restart: bool) -> None:
+    """Keep a cluster up until SIGINT or SIGTERM, with a live table on a terminal.
+
+    Raises CliError as ``start_cluster``.
+    """
+    _cancel_on_signals()
+    try:
+        with console.status("starting the cluster") as spinner:
+            async with start_cluster(plan, _reporter(console)) as cluster:
+                spinner.stop()
+                console.print(f"the cluster is ready at {cluster.address}; Ctrl-C stops it. In another terminal:")
+                console.print(
+                    f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
+                )
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(cluster.supervise(restart=restart))
+                    tasks.create_task(_show(cluster, console))
+    except asyncio.CancelledError:
+        console.print("the cluster has stopped")
+
+
+async def demo(plan: ClusterPlan, console: Console) -> None:
+    """Start a cluster, stream an answer, show the instances, stop everything.
+
+    Raises CliError as ``start_cluster``, AioRpcError when the cluster does not answer.
+    """
+    _cancel_on_signals()
+    asking = Asking(temperature=0.0, max_output_tokens=_DEMO_OUTPUT_TOKENS)
+    with console.status("starting the cluster") as spinner:
+        async with start_cluster(plan, _reporter(console)) as cluster, connect(cluster.address) as router:
+            spinner.stop()
+            console.print(f"\n> {DEMO_PROMPT}", style="bold", highlight=False)
+            await generate(router, DEMO_PROMPT, asking, timeout_s=_DEMO_TIMEOUT_S, quiet=False)
+            console.print()
+            await show_status(router, console)
+    console.print("the cluster has stopped")
+
+
+def _reporter(console: Console) -> Callable[[str], None]:
+    """Prints lines as they are: they hold paths and ends of logs, not markup."""
+    return functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cancel_on_signals() -> None:
+    """Let SIGINT and SIGTERM cancel the current task, as often as they come: the second cuts a slow stop short."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("signals are handled for a task")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+
+
+async def _show(cluster: LocalCluster, console: Console) -> None:
+    """Keep a live table at the end of the terminal; a router that dies is waited for."""
+    if not console.is_terminal:
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            try:
+                async with connect(cluster.address) as router:
+                    async for table in observe(router, interval_s=_REFRESH_S):
+                        live.update(table, refresh=True)
+            except grpc.aio.AioRpcError:
+                live.update("the router does not answer", refresh=True)
+            await asyncio.sleep(_REFRESH_S)
