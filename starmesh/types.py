@@ -106,6 +106,16 @@ class KvLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceRange:
+    """Registered memory: ``address`` of block 0, ``size`` in bytes, "DRAM" or "VRAM", device number."""
+
+    address: int
+    size: int
+    memory: str
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvTicket:
     """Leased blocks that another instance may pull; ``block_ids`` in the sequence's order."""
 
