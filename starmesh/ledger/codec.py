@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 from typing import NoReturn, TypeVar
 
 from starmesh.ledger import InvalidDocument
@@ -28,6 +29,9 @@ from starmesh.types import (
 
 VERSION = 1
 MAX_DOCUMENT_BYTES = 1 << 20
+
+# A router looks more often than an instance reports: most of what it reads it has read before.
+CACHED_DOCUMENTS = 512
 
 E = TypeVar("E", bound=Enum)
 
@@ -59,6 +63,7 @@ def encode_info(info: InstanceInfo) -> str:
     )
 
 
+@lru_cache(maxsize=CACHED_DOCUMENTS)
 def decode_info(document: bytes, state: bytes) -> InstanceInfo:
     """Read a registration and the state kept beside it. Raises InvalidDocument."""
     fields = _Fields(_load(document), "registration")
@@ -110,6 +115,7 @@ def encode_load(load: InstanceLoad) -> str:
     )
 
 
+@lru_cache(maxsize=CACHED_DOCUMENTS)
 def decode_load(document: bytes) -> InstanceLoad:
     """Read a load. Raises InvalidDocument."""
     fields = _Fields(_load(document), "load")

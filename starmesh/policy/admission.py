@@ -127,7 +127,9 @@ class AdmissionQueue:
     """A bounded queue: by priority, then first come first served. Times are of one clock and never go back."""
 
     max_length: int
+    # Sorted. Arrivals are unique, so that requests themselves are never compared.
     _entries: list[tuple[int, int, Waiting]] = field(default_factory=list)
+    _by_id: dict[str, tuple[int, int, Waiting]] = field(default_factory=dict)
     _arrivals: int = 0
     _interval_s: float = 1.0
     _last_s: float = 0.0
@@ -142,15 +144,16 @@ class AdmissionQueue:
     def push(self, waiting: Waiting, now_s: float) -> bool:
         """Add a request behind those of its priority. Returns False, adding nothing, when the queue is full or the
         deadline is past. Raises ValueError for a request that waits already."""
-        if any(present.request_id == waiting.request_id for present in self):
+        if waiting.request_id in self._by_id:
             raise ValueError(f"{waiting.request_id} waits already")
         if len(self._entries) >= self.max_length or waiting.deadline_s <= now_s:
             return False
         if not self._entries:
             # Time without anybody waiting says nothing of how fast room comes free.
             self._last_s = now_s
-        # Arrivals are unique, so that requests themselves are never compared.
-        bisect.insort(self._entries, (-waiting.priority, self._arrivals, waiting))
+        entry = (-waiting.priority, self._arrivals, waiting)
+        bisect.insort(self._entries, entry)
+        self._by_id[waiting.request_id] = entry
         self._arrivals += 1
         return True
 
@@ -159,6 +162,7 @@ class AdmissionQueue:
         if not self._entries:
             return None
         _, _, waiting = self._entries.pop(0)
+        del self._by_id[waiting.request_id]
         # An exponential average over some ten departures: one long answer must not look like a standstill.
         self._interval_s += 0.1 * (now_s - self._last_s - self._interval_s)
         self._last_s = now_s
@@ -166,17 +170,17 @@ class AdmissionQueue:
 
     def remove(self, request_id: str) -> bool:
         """Take out a request that was cancelled. Returns False if it does not wait."""
-        for index, waiting in enumerate(self):
-            if waiting.request_id == request_id:
-                del self._entries[index]
-                return True
-        return False
+        entry = self._by_id.pop(request_id, None)
+        if entry is None:
+            return False
+        del self._entries[bisect.bisect_left(self._entries, entry)]
+        return True
 
     def expire(self, now_s: float) -> tuple[Waiting, ...]:
         """Take out those whose deadline is reached, in order."""
         expired = tuple(waiting for waiting in self if waiting.deadline_s <= now_s)
-        if expired:
-            self._entries = [entry for entry in self._entries if entry[2].deadline_s > now_s]
+        for waiting in expired:
+            self.remove(waiting.request_id)
         return expired
 
     @property
