@@ -6,8 +6,8 @@ Owns no memory and frees no block: when a lease ends it tells the blocks' owner 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeAlias
 
 import grpc
@@ -28,7 +28,7 @@ from starmesh.transfer.wire import (
     check_layouts,
     layout_from_pb,
 )
-from starmesh.transfer.worker_thread import in_thread
+from starmesh.transfer.worker_thread import in_thread, outlast
 from starmesh.types import TransferBackend
 from starmesh.v1 import sequence_pb2, transfer_pb2, transfer_pb2_grpc
 
@@ -89,14 +89,12 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
     ) -> AsyncIterator[transfer_pb2.PullBlocksResponse]:
         await self._check_layout(request.layout, context)
         await self._check_covered(request, context)
-        async with self._turn(context):
-            for offset, block_ids in self._chunks.reads(request.block_ids, request.start_byte):
-                chunks = await in_thread(self._chunks.read, offset, block_ids, request.start_byte)
-                for chunk in chunks:
-                    # The bytes were copied before this look at the lease, so what is sent was read under it.
-                    if not self._leases.holds(request.lease_id, now_s=self._clock.now_s()):
-                        await _abort_lost(context, request.lease_id)
-                    yield chunk
+        async with self._turn(context), aclosing(self._read_ahead(request)) as chunks:
+            async for chunk in chunks:
+                # The bytes were copied before this look at the lease, so what is sent was read under it.
+                if not self._leases.holds(request.lease_id, now_s=self._clock.now_s()):
+                    await _abort_lost(context, request.lease_id)
+                yield chunk
 
     async def RenewLease(  # noqa: N802
         self, request: transfer_pb2.RenewLeaseRequest, context: Context
@@ -118,6 +116,23 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
             await _abort_lost(context, request.lease_id)
         self._on_end(owner_key)
         return transfer_pb2.ReleaseLeaseResponse()
+
+    async def _read_ahead(
+        self, request: transfer_pb2.PullBlocksRequest
+    ) -> AsyncGenerator[transfer_pb2.PullBlocksResponse, None]:
+        """The chunks of a request; while some are sent, the next are read."""
+        ahead: asyncio.Task[list[transfer_pb2.PullBlocksResponse]] | None = None
+        try:
+            for offset, block_ids in self._chunks.reads(request.block_ids, request.start_byte):
+                ready = await ahead if ahead is not None else ()
+                ahead = asyncio.create_task(in_thread(self._chunks.read, offset, block_ids, request.start_byte))
+                for chunk in ready:
+                    yield chunk
+            for chunk in await ahead if ahead is not None else ():
+                yield chunk
+        finally:
+            if ahead is not None:
+                await outlast(ahead)
 
     async def _check_layout(self, layout: sequence_pb2.KvLayout, context: Context) -> None:
         try:

@@ -18,7 +18,7 @@ import grpc.aio
 
 from starmesh.transfer import BlockMemory, TransferError
 from starmesh.transfer.wire import layout_to_pb, transfer_error
-from starmesh.transfer.worker_thread import in_thread
+from starmesh.transfer.worker_thread import in_thread, outlast
 from starmesh.types import KvTicket
 from starmesh.v1 import transfer_pb2, transfer_pb2_grpc
 
@@ -76,14 +76,15 @@ class ChunkReader:
 
 @dataclass(slots=True)
 class _Pull:
-    """One pull under way; ``request.start_byte`` counts the bytes that are verified and written."""
+    """One pull under way; ``position`` counts the bytes that are verified and written."""
 
-    address: str
-    request: transfer_pb2.PullBlocksRequest
+    ticket: KvTicket
+    block_ids: Sequence[int]
     local_block_ids: Sequence[int]
     total_bytes: int
     deadline_s: float
     doing: str
+    position: int = 0
 
     @property
     def remaining_s(self) -> float:
@@ -106,10 +107,8 @@ class StreamPuller:
         writes no more.
         """
         pull = _Pull(
-            address=ticket.address,
-            request=transfer_pb2.PullBlocksRequest(
-                lease_id=ticket.lease_id, block_ids=block_ids, layout=layout_to_pb(self._memory.layout)
-            ),
+            ticket=ticket,
+            block_ids=block_ids,
             local_block_ids=local_block_ids,
             total_bytes=len(block_ids) * self._memory.layout.block_bytes,
             deadline_s=time.monotonic() + timeout_s,
@@ -117,7 +116,7 @@ class StreamPuller:
         )
         resumes = 0
         while (broken := await self._follow(pull)) is not None:
-            reached = f"at byte {pull.request.start_byte} of {pull.total_bytes}: {broken}"
+            reached = f"at byte {pull.position} of {pull.total_bytes}: {broken}"
             if resumes == MAX_RESUMES:
                 raise TransferError(f"{pull.doing}: gave up {reached}")
             if pull.remaining_s == 0:
@@ -128,25 +127,36 @@ class StreamPuller:
 
     async def _follow(self, pull: _Pull) -> str | None:
         """Follow one stream. Returns what broke it, None when all bytes are here."""
-        stub = transfer_pb2_grpc.TransferServiceStub(self._channel_for(pull.address))
-        call = stub.PullBlocks(pull.request, timeout=pull.remaining_s)
+        stub = transfer_pb2_grpc.TransferServiceStub(self._channel_for(pull.ticket.address))
+        request = transfer_pb2.PullBlocksRequest(
+            lease_id=pull.ticket.lease_id,
+            block_ids=pull.block_ids,
+            start_byte=pull.position,
+            layout=layout_to_pb(self._memory.layout),
+        )
+        call = stub.PullBlocks(request, timeout=pull.remaining_s)
+        # A chunk is verified and written while the next one arrives.
+        taking: asyncio.Task[str | None] | None = None
         try:
             async for chunk in call:
-                flaw = await in_thread(self._take, pull, chunk)
-                if flaw is not None:
+                if taking is not None and (flaw := await taking) is not None:
                     return flaw
-                pull.request.start_byte += len(chunk.data)
+                taking = asyncio.create_task(in_thread(self._take, pull, chunk))
+            if taking is not None and (flaw := await taking) is not None:
+                return flaw
         except grpc.aio.AioRpcError as error:
             if error.code() not in _RESUMABLE:
                 raise transfer_error(error, pull.doing) from error
             return f"{error.code().name}: {error.details()}"
         finally:
             call.cancel()
-        return None if pull.request.start_byte == pull.total_bytes else "the stream ended early"
+            if taking is not None:
+                await outlast(taking)
+        return None if pull.position == pull.total_bytes else "the stream ended early"
 
     def _take(self, pull: _Pull, chunk: transfer_pb2.PullBlocksResponse) -> str | None:
-        """Verify a chunk and write it into its blocks. Returns what is wrong with it, if anything is."""
-        position, data = pull.request.start_byte, memoryview(chunk.data)
+        """Verify a chunk, write it into its blocks and move on. Returns what is wrong with it, if anything is."""
+        position, data = pull.position, memoryview(chunk.data)
         if chunk.offset != position or not data or position + len(data) > pull.total_bytes:
             return f"a chunk of {len(data)} bytes came for byte {chunk.offset}"
         if zlib.crc32(data) != chunk.crc32:
@@ -158,4 +168,5 @@ class StreamPuller:
             self._memory.write_block(pull.local_block_ids[index], offset, piece)
             position += len(piece)
             data = data[len(piece) :]
+        pull.position = position
         return None

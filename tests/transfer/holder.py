@@ -20,9 +20,10 @@ from starmesh.v1 import transfer_pb2_grpc
 
 
 def known_memory(layout: KvLayout, total_blocks: int) -> HostMemory:
-    """A pool whose bytes follow from its size."""
+    """A pool whose bytes follow from its shape, no two blocks alike."""
     memory = HostMemory(layout, total_blocks)
-    memory.blocks[:] = np.random.default_rng(total_blocks).integers(0, 256, memory.blocks.shape, np.uint8)
+    row = np.random.default_rng(0).integers(0, 256, layout.block_bytes, np.uint8)
+    np.bitwise_xor(row, np.arange(total_blocks, dtype=np.uint8)[:, None], out=memory.blocks)
     return memory
 
 
