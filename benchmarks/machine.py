@@ -22,11 +22,11 @@ def describe() -> str:
     )
 
 
-def commit() -> str:
-    """The short commit, with ``+`` when files that git tracks have changed since."""
-    here = Path(__file__).parent
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+def commit(*paths: str) -> str:
+    """The short commit, with ``+`` when what git tracks under ``paths`` (of the project; all without any) has changed."""
+    root = Path(__file__).parents[1]
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         return "unknown"
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, check=False).returncode != 0
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths], cwd=root, check=False).returncode != 0
     return run.stdout.strip() + ("+" if changed else "")

@@ -125,7 +125,7 @@ def summary(seconds: dict[str, list[float]], cpu_seconds: dict[str, list[float]]
         "puller_cpu_ms": {name: round(1e3 * statistics.median(cpu_seconds[name]), 2) for name in pulls},
         "spread_ms": {name: spread_ms(values) for name, values in seconds.items()},
         "machine": machine.describe(),
-        "commit": machine.commit(),
+        "commit": machine.commit("starmesh/transfer", "protos", "benchmarks/transfer.py"),
     }
 
 
