@@ -303,7 +303,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.free(sequence.block_ids)
         sequence.block_ids = []
-        sequence.computed_tokens = sequence.published_blocks = 0
+        sequence.computed_tokens = 0
         sequence.preemptions += 1
         sequence.status = SequenceStatus.WAITING
         insort(self.waiting, sequence, key=attrgetter("turn"))
