@@ -51,10 +51,11 @@ class TokenRates:
 
 def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, float]) -> RenderableType:
     """The instances, a line each, and a line on the router's requests."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("instance", "role", "state", "address"):
+    # 80 columns hold it: no role, which is in the name of an instance unless an operator chose another.
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    for heading in ("instance", "state", "address"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("KV used", "running", "waiting", "tokens/s", "step ms", "output tokens"):
+    for heading in ("KV", "run", "wait", "tokens/s", "step ms", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     for instance in response.instances:
         table.add_row(*_cells(instance, rates))
@@ -109,8 +110,9 @@ async def status_json(router: RouterClient) -> str:
 
 def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[str | Text]:
     load = instance.load
-    yield instance.instance_id
-    yield cluster_pb2.Role.Name(instance.role).removeprefix("ROLE_").lower()
+    role = cluster_pb2.Role.Name(instance.role).removeprefix("ROLE_").lower()
+    name = instance.instance_id
+    yield name if name.startswith(role) else f"{name} ({role})"
     state = cluster_pb2.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
     age_s = instance.report_age.seconds + instance.report_age.nanos / 1e9
     if age_s > _STALE_S:
@@ -119,7 +121,6 @@ def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[
         yield Text(state, style=_STATE_STYLES.get(state, ""))
     yield instance.address
     if not load.total_blocks:
-        yield from ("",) * 6
         return
     yield f"{1 - load.free_blocks / load.total_blocks:.0%}"
     yield str(load.running_sequences)

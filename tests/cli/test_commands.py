@@ -1,0 +1,186 @@
+"""What the commands make of their arguments and of failures, short of a cluster."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from starmesh.cli.app import app
+from starmesh.cli.bench import read_prompts
+from starmesh.cli.local_cluster import ClusterPlan
+from starmesh.cli.options import Asking
+from starmesh.cli.run import CliError, explain
+from starmesh.cli.status import TokenRates, cluster_table
+from starmesh.rpc.status import StatusError, bad_field, retry_later
+from starmesh.v1 import cluster_pb2
+
+pytestmark = pytest.mark.fast
+
+runner = CliRunner()
+
+
+def test_help_loads_neither_grpc_nor_torch() -> None:
+    code = (
+        "import sys\nfrom starmesh.cli.app import app\n"
+        "try:\n    app(['up', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "sys.exit(str(sorted({'grpc', 'torch', 'transformers', 'redis', 'numpy'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "\n"), "sys.exit('') prints an empty line: nothing was loaded"
+    assert "--prefill" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "hello", "--file", "prompt.txt"],
+        ["up", "--decode", "0"],
+        ["bench", "prompts.jsonl", "--rate", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_a_command_asked_wrongly_ends_with_2(arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_a_model_that_is_nowhere_is_one_line() -> None:
+    result = runner.invoke(app, ["model", "fetch", "nowhere"])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "give a directory" in result.stderr
+
+
+def aio_error(error: StatusError) -> grpc.aio.AioRpcError:
+    status = error.to_rpc_status()
+    return grpc.aio.AioRpcError(
+        status.code, grpc.aio.Metadata(), grpc.aio.Metadata(*status.trailing_metadata), details=status.details
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            bad_field("sampling.temperature", "must be 0 to 2"),
+            "the request is not valid: sampling.temperature: must be",
+        ),
+        (
+            retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", 1.5),
+            "the queue is full; try again in 1.5 s",
+        ),
+        (
+            retry_later(grpc.StatusCode.UNAVAILABLE, "no decode instance is up", 1),
+            "no decode instance is up; try again in",
+        ),
+        (StatusError(grpc.StatusCode.UNAVAILABLE, "refused"), "no router answers at here:1; start a cluster with"),
+        (StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "late"), "give more with --timeout"),
+        (StatusError(grpc.StatusCode.UNIMPLEMENTED, "what"), "what answers at here:1 is no starmesh router"),
+        (StatusError(grpc.StatusCode.INTERNAL, "reference ab12"), "the router failed: reference ab12"),
+        (StatusError(grpc.StatusCode.NOT_FOUND, "no instance x"), "no instance x"),
+    ],
+)
+def test_a_failed_call_is_one_line_that_says_what_to_do(error: StatusError, line: str) -> None:
+    explained = explain(aio_error(error), address="here:1")
+    assert line in explained
+    assert "\n" not in explained
+
+
+def test_a_request_has_only_what_was_asked_for() -> None:
+    request = Asking(temperature=0.0, stop_strings=("a", "b")).request("hi", chat=False)
+    assert request.text == "hi"
+    assert request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("top_p")
+    assert list(request.sampling.stop_strings) == ["a", "b"]
+    request = Asking(system="Be brief.").request("hi", chat=True)
+    assert [(message.role, message.content) for message in request.chat.messages] == [
+        ("system", "Be brief."),
+        ("user", "hi"),
+    ]
+    assert Asking(chat=False).request("hi", chat=True).text == "hi"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompts_are_read_line_by_line(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / ("prompts.jsonl.gz" if packed else "prompts.jsonl")
+    data = b'{"prompt": "a", "set": "x"}\n\n{"prompt": "\xc3\xa9"}\n'
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert read_prompts(str(path)) == ["a", "é"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"}', '{"prompt": ""}', '{"prompt": 1}', '"prompt"', "not json"])
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n" + line + "\n")
+    with pytest.raises(CliError, match="line 2: each line must be an object"):
+        read_prompts(str(path))
+
+
+def test_no_prompts_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name in ("empty.jsonl", "missing.jsonl"):
+        with pytest.raises(CliError, match=name):
+            read_prompts(str(tmp_path / name))
+
+
+def observation(at_s: float, output_tokens: int, *, age_s: float = 0.0) -> cluster_pb2.WatchClusterResponse:
+    response = cluster_pb2.WatchClusterResponse(ledger_available=True)
+    response.observe_time.FromNanoseconds(int(at_s * 1e9))
+    instance = response.instances.add(
+        instance_id="decode-0", role=cluster_pb2.ROLE_DECODE, state=cluster_pb2.INSTANCE_STATE_READY, address="h:1"
+    )
+    instance.load.total_blocks = 100
+    instance.load.free_blocks = 75
+    instance.load.output_tokens = output_tokens
+    instance.report_age.FromNanoseconds(int(age_s * 1e9))
+    return response
+
+
+def test_token_rates_go_by_the_time_of_the_reports() -> None:
+    rates = TokenRates()
+    assert rates.observe(observation(10.0, 100)) == {}
+    assert rates.observe(observation(11.0, 130)) == {"decode-0": pytest.approx(30)}
+    # No report since: the rate stands, and the next one counts from the last report.
+    assert rates.observe(observation(12.0, 130, age_s=1.0)) == {"decode-0": pytest.approx(30)}
+    assert rates.observe(observation(13.0, 170)) == {"decode-0": pytest.approx(20)}
+    # Started anew: no rate until it has two reports.
+    assert rates.observe(observation(14.0, 3)) == {}
+    assert rates.observe(observation(15.0, 5)) == {"decode-0": pytest.approx(2)}
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    response = observation(10.0, 123456)
+    response.instances.add(
+        instance_id="rescheduler-0",
+        role=cluster_pb2.ROLE_RESCHEDULER,
+        state=cluster_pb2.INSTANCE_STATE_DRAINING,
+        address="127.0.0.1:65535",
+    )
+    response.instances[0].address = "127.0.0.1:65535"
+    response.ledger_available = False
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(cluster_table(response, {"decode-0": 1234.5}))
+    text = capture.get()
+    assert "…" not in text
+    for part in ("decode-0", "ready", "25%", "1234.5", "123456", "rescheduler-0", "draining", "ledger does not answer"):
+        assert part in text
+
+
+def test_the_ledgers_url_is_in_no_argument(tmp_path: Path) -> None:
+    plan = ClusterPlan(model=tmp_path, run_directory=tmp_path, prefill=2, decode=3, engine_flags=("--device", "cpu"))
+    services = plan.services("redis://:secret@host:1")
+    assert [service.instance_id for service in services] == [
+        *("router-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "rescheduler-0", "predictor-0"),
+    ]
+    assert not any("secret" in flag for service in services for flag in service.flags)
+    assert all(("--device" in service.flags) == (service.role in ("prefill", "decode")) for service in services)
