@@ -1,0 +1,25 @@
+"""``python -m services.router``"""
+
+import asyncio
+
+from services.router.config import RouterSettings
+from services.router.model import ServedModel
+from services.router.serving import RouterProcess
+from starmesh.ledger.redis import RedisLedger
+from starmesh.model_files import fetch_model
+from starmesh.process import run_service
+
+
+async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
+    """Serve until ``stop``, then let the streams in flight end within the grace period."""
+    model = await asyncio.to_thread(lambda: ServedModel.load(fetch_model(settings.model)))
+    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    try:
+        async with RouterProcess(settings, ledger, model):
+            await stop.wait()
+    finally:
+        await ledger.close()
+
+
+if __name__ == "__main__":
+    run_service("router", RouterSettings, serve)

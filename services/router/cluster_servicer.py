@@ -1,0 +1,98 @@
+"""ClusterService: shows the ledger's view and steers instances. Owns no state of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.router.dispatcher import Dispatcher
+from services.router.router import Router
+from services.router.validation import check_request_id, duration_in
+from starmesh.rpc import convert
+from starmesh.rpc.channels import open_channel
+from starmesh.rpc.status import StatusError, bad_field, retry_later
+from starmesh.types import ClusterView, Role
+from starmesh.v1 import cluster_pb2, cluster_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MIN_INTERVAL_S = 0.1
+_MAX_INTERVAL_S = 60.0
+_DEFAULT_INTERVAL_S = 1.0
+_DRAIN_TIMEOUT_S = 5.0
+_RETRY_DELAY_S = 1.0
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
+    """Serves operators."""
+
+    def __init__(self, router: Router, dispatcher: Dispatcher) -> None:
+        self._router = router
+        self._dispatcher = dispatcher
+
+    async def ListInstances(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.ListInstancesRequest, context: Context
+    ) -> cluster_pb2.ListInstancesResponse:
+        view = await self._dispatcher.refresh()
+        return cluster_pb2.ListInstancesResponse(
+            instances=_instances(view),
+            dispatch_policy=self._dispatcher.policy_name,
+            ledger_available=self._dispatcher.ledger_available,
+        )
+
+    async def WatchCluster(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.WatchClusterRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.WatchClusterResponse]:
+        interval_s = _DEFAULT_INTERVAL_S
+        if request.HasField("interval"):
+            interval_s = duration_in(request.interval, "interval", _MIN_INTERVAL_S, _MAX_INTERVAL_S)
+        stopping = self._router.stopping
+        while not stopping.is_set():
+            now = Timestamp()
+            now.GetCurrentTime()
+            yield cluster_pb2.WatchClusterResponse(
+                observe_time=now,
+                instances=_instances(self._dispatcher.view),
+                queued_requests=self._router.queued_requests,
+                active_requests=self._router.active_requests,
+                ledger_available=self._dispatcher.ledger_available,
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await stopping.wait()
+
+    async def Drain(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.DrainRequest, context: Context
+    ) -> cluster_pb2.DrainResponse:
+        check_request_id(request.instance_id, "instance_id")
+        view = await self._dispatcher.refresh()
+        found = [view.info for view in view.instances if view.info.instance_id == request.instance_id]
+        if not found:
+            raise StatusError(grpc.StatusCode.NOT_FOUND, f"the ledger has no instance {request.instance_id}")
+        if found[0].role not in (Role.PREFILL, Role.DECODE):
+            raise bad_field("instance_id", f"is a {found[0].role.value}; only prefill and decode instances drain")
+        remaining_s = context.time_remaining()
+        timeout_s = _DRAIN_TIMEOUT_S if remaining_s is None else min(_DRAIN_TIMEOUT_S, remaining_s)
+        try:
+            async with open_channel(found[0].address) as channel:
+                stub = cluster_pb2_grpc.InstanceServiceStub(channel)
+                drained = await stub.DrainInstance(cluster_pb2.DrainInstanceRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise retry_later(
+                grpc.StatusCode.UNAVAILABLE,
+                f"{request.instance_id} does not answer ({error.code().name}); try again",
+                _RETRY_DELAY_S,
+            ) from None
+        return cluster_pb2.DrainResponse(state=drained.state, remaining_sequences=drained.remaining_sequences)
+
+
+def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:
+    """By role, then id."""
+    messages = [convert.instance_pb(instance, now_s=view.now_s) for instance in view.instances]
+    return sorted(messages, key=lambda message: (message.role, message.instance_id))

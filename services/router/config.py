@@ -1,0 +1,34 @@
+"""Settings of a router."""
+
+from pydantic import Field, field_validator
+
+from starmesh.model_files import DEFAULT_MODEL
+from starmesh.policy.dispatch import POLICIES
+from starmesh.process import ServiceSettings
+
+
+class RouterSettings(ServiceSettings):
+    """What a router needs on top of any service."""
+
+    model: str = Field(DEFAULT_MODEL, description="directory, hub id or name of the model, for its tokenizer")
+    dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
+    view_interval_s: float = Field(0.1, gt=0.01, description="seconds between looks at the ledger")
+    max_requests: int = Field(8192, ge=1, description="requests in flight, waiting ones included; more are refused")
+    max_stream_requests: int = Field(1024, ge=1, description="requests in flight on one GenerateMany stream")
+    queue_length: int = Field(1024, ge=1, description="requests that may wait for an instance with room")
+    queue_timeout_s: float = Field(30.0, gt=0, description="seconds that a request waits for room, at most")
+    absent_timeout_s: float = Field(2.0, ge=0, description="seconds that a request waits for any instance to be up")
+    max_duration_s: float = Field(600.0, gt=0, description="seconds that a request without a deadline may take")
+    max_recoveries: int = Field(8, ge=0, description="times that a request is begun again after failures")
+    reserve_output_tokens: int = Field(
+        256, ge=1, description="output tokens to reserve room for at dispatch; a longer answer grows into what is free"
+    )
+    reservation_ttl_s: float = Field(30.0, gt=1, description="seconds that a reservation of a dead router lives on")
+    owner_ttl_s: float = Field(30.0, gt=1, description="seconds that the ownership entries of a dead router live on")
+
+    @field_validator("dispatch_policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise ValueError(f"there is no policy {name!r}: use one of {', '.join(POLICIES)}")
+        return name

@@ -1,0 +1,177 @@
+"""The one Decode stream to each decode instance.
+
+Owns the stream, its one writer and its one reader, and which request is to hear of which output. Owns no request's
+state: a receiver gets plain calls. A stream that breaks is told to every request on it and is not mended: the next
+request opens a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc.aio
+
+from services.router.flight import InstanceLost
+from starmesh.rpc.channels import open_channel
+from starmesh.types import InstanceInfo
+from starmesh.v1 import decode_pb2, decode_pb2_grpc, sequence_pb2
+
+log = logging.getLogger(__name__)
+
+# Starts and cancels that may wait for a peer that reads slowly. One that lets so many gather is as good as dead.
+MAX_QUEUED_MESSAGES = 4096
+
+
+class Receiver(Protocol):
+    """Who hears of a request. Neither call may block or raise."""
+
+    def deliver(self, output: sequence_pb2.SequenceOutput) -> None:
+        """Take an output."""
+        ...
+
+    def lost(self, error: InstanceLost) -> None:
+        """The stream broke; the instance has cancelled the sequence, or is dead."""
+        ...
+
+
+class DecodeLink:
+    """A Decode stream to one incarnation of an instance; opened by the constructor."""
+
+    def __init__(self, instance: InstanceInfo) -> None:
+        self.instance = instance
+        self._receivers: dict[str, Receiver] = {}
+        self._outgoing: asyncio.Queue[decode_pb2.DecodeRequest] = asyncio.Queue(MAX_QUEUED_MESSAGES)
+        self._loop = asyncio.get_running_loop()
+        self._heard_s = self._loop.time()
+        self._lost: InstanceLost | None = None
+        self._task = asyncio.create_task(self._run(), name=f"decode link {instance.instance_id}")
+
+    def __repr__(self) -> str:
+        state = f"lost ({self._lost.reason})" if self._lost else "up"
+        return f"<DecodeLink {self.instance.instance_id} {state}, {len(self._receivers)} requests>"
+
+    @property
+    def broken(self) -> bool:
+        """Whether the stream has ended."""
+        return self._lost is not None
+
+    @property
+    def requests(self) -> int:
+        """How many requests listen."""
+        return len(self._receivers)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the instance last sent anything."""
+        return self._loop.time() - self._heard_s
+
+    def start(self, receiver: Receiver, message: decode_pb2.StartSequence) -> None:
+        """Start a sequence; its outputs go to ``receiver`` until ``leave``. Raises InstanceLost."""
+        if self._lost is None:
+            self._send(decode_pb2.DecodeRequest(start=message))
+        if self._lost is not None:
+            raise self._lost
+        self._receivers[message.sequence.request_id] = receiver
+
+    def leave(self, receiver: Receiver, request_id: str) -> None:
+        """Stop listening to a request, unless another receiver has taken its id over."""
+        if self._receivers.get(request_id) is receiver:
+            del self._receivers[request_id]
+
+    def cancel(self, request_id: str, epoch: int) -> None:
+        """Cancel a sequence of this epoch or older on the instance, which frees its blocks at its next step."""
+        if self._lost is None:
+            cancel = decode_pb2.CancelSequence(request_id=request_id, epoch=epoch)
+            self._send(decode_pb2.DecodeRequest(cancel=cancel))
+
+    def lose(self, reason: str) -> None:
+        """Give the stream up, and tell every request on it."""
+        if self._lost is None:
+            self._lost = InstanceLost(self.instance.instance_id, reason)
+            if self._receivers:
+                log.warning("lost %s with %d requests", self._lost, len(self._receivers))
+            receivers, self._receivers = list(self._receivers.values()), {}
+            for receiver in receivers:
+                receiver.lost(self._lost)
+            self._task.cancel()
+
+    async def close(self) -> None:
+        """End the stream."""
+        self.lose("the router is closing the stream")
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    def _send(self, message: decode_pb2.DecodeRequest) -> None:
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            self.lose(f"it has not read {MAX_QUEUED_MESSAGES} messages")
+
+    async def _messages(self) -> AsyncIterator[decode_pb2.DecodeRequest]:
+        while True:
+            yield await self._outgoing.get()
+
+    async def _run(self) -> None:
+        reason = "it ended the stream"
+        try:
+            async with open_channel(self.instance.address) as channel:
+                # No deadline: the stream lives as long as both processes. Keepalive and ``silent_s`` find a dead peer.
+                call = decode_pb2_grpc.DecodeServiceStub(channel).Decode(self._messages())
+                while isinstance(response := await call.read(), decode_pb2.DecodeResponse):
+                    self._heard_s = self._loop.time()
+                    receivers = self._receivers
+                    for output in response.outputs:
+                        receiver = receivers.get(output.request_id)
+                        if receiver is not None:
+                            receiver.deliver(output)
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        finally:
+            self.lose(reason)
+
+
+class DecodeLinks:
+    """The links by instance, opened on first use."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, DecodeLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def get(self, instance: InstanceInfo) -> DecodeLink:
+        """The link to this incarnation of an instance: a new one where the last broke or the process is another."""
+        link = self._links.get(instance.instance_id)
+        if link is None or link.broken or link.instance.incarnation != instance.incarnation:
+            if link is not None:
+                self._close(link)
+            link = self._links[instance.instance_id] = DecodeLink(instance)
+        return link
+
+    def lose_silent(self, missing: set[str], *, silent_s: float) -> None:
+        """Give up links whose instance is in ``missing`` and has sent nothing for ``silent_s``; close idle ones."""
+        for instance_id in missing & self._links.keys():
+            link = self._links[instance_id]
+            if link.silent_s >= silent_s:
+                link.lose("its lease in the ledger ended and its stream is silent")
+                self._close(self._links.pop(instance_id))
+
+    @property
+    def instance_ids(self) -> set[str]:
+        """The instances that there are links to."""
+        return set(self._links)
+
+    async def close(self) -> None:
+        """End all links."""
+        for link in self._links.values():
+            self._close(link)
+        self._links.clear()
+        while self._closing:
+            await asyncio.gather(*self._closing)
+
+    def _close(self, link: DecodeLink) -> None:
+        task = asyncio.create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

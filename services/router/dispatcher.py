@@ -1,0 +1,318 @@
+"""Where a request runs: the ledger's view, the dispatch policy, and a reservation that the ledger has agreed to.
+
+Owns the background look at the ledger, the requests that wait for room, and what this router has reserved. Owns no
+policy (``starmesh.policy``) and nothing that happens on an instance (``life``). With the ledger down it goes on by the
+last view and this router's own counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Set
+from dataclasses import dataclass
+
+import grpc
+
+from services.router.config import RouterSettings
+from services.router.local_view import LocalView
+from starmesh.ledger import Ledger, LedgerError, LedgerUnavailable, ReservationRefused
+from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
+from starmesh.policy.dispatch import (
+    POLICIES,
+    Decision,
+    DispatchConfig,
+    DispatchMemory,
+    DispatchRequest,
+    NoPlacement,
+)
+from starmesh.rpc.status import StatusError, bad_field, retry_later
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import tracer
+from starmesh.types import ClusterView, InstanceInfo, InstanceState, KvLayout, Role
+
+log = logging.getLogger(__name__)
+
+# Instances to ask in one turn when each has just filled up; then the next view says more.
+_MAX_REFUSALS = 3
+# A refusal for want of room leaves the client's own deadline this long to receive it.
+_REPLY_S = 0.1
+_RETRY_DELAY_S = 1.0
+_ABSENT = (NoPlacement.NO_INSTANCE, NoPlacement.ALL_DRAINING)
+
+
+class NotPlaced(StatusError):
+    """No instance takes the request, and the time to wait for one is over: the request has failed."""
+
+    @classmethod
+    def of(cls, error: StatusError) -> NotPlaced:
+        """With the code, message and details of ``error``."""
+        return cls(error.code, error.message, *error.details)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request runs first."""
+
+    prefill: InstanceInfo
+    decode: InstanceInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A request that wants a place. Of one that has ``started`` the client has part of the answer: it goes before all
+    others and waits until its deadline. Instances in ``avoid`` are chosen only where their role has no others."""
+
+    request_id: str
+    need: Need
+    deadline_s: float
+    priority: int = 0
+    started: bool = False
+    avoid: Set[str] = frozenset()
+
+
+class Dispatcher:
+    """Places requests. Times are the event loop's unless named otherwise."""
+
+    def __init__(self, ledger: Ledger, settings: RouterSettings) -> None:
+        self.policy_name = settings.dispatch_policy
+        self.ledger_available = True
+        self.ready = asyncio.Event()
+        """Set from the first view with a prefill and a decode instance that take work."""
+        self._ledger = ledger
+        self._settings = settings
+        self._policy = POLICIES[settings.dispatch_policy]
+        self._config = DispatchConfig(admission=AdmissionConfig(headroom_tokens=settings.reserve_output_tokens))
+        self._memory = DispatchMemory()
+        self._local = LocalView()
+        self._queue = AdmissionQueue(settings.queue_length)
+        # Bounded by the requests in flight, of which none may be turned away any more.
+        self._started_queue = AdmissionQueue(settings.max_requests)
+        self._turns: dict[str, asyncio.Event] = {}
+        self._reserved: dict[str, str] = {}
+        self._last_reason: NoPlacement | None = None
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def view(self) -> ClusterView:
+        """What the ledger last said."""
+        return self._local.ledger_view
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._queue) + len(self._started_queue)
+
+    async def run(self, *, on_view: Callable[[set[str]], Awaitable[None]]) -> None:
+        """Look at the ledger again and again, until cancelled. ``on_view`` gets the instances that have been missing
+        from it for more than a moment."""
+        while True:
+            await self.refresh()
+            if self.ledger_available:
+                await on_view(self._local.missing(self._loop.time()))
+            self._wake()
+            await asyncio.sleep(self._settings.view_interval_s)
+
+    async def refresh(self) -> ClusterView:
+        """The ledger's view as of now; the last one when it does not answer."""
+        try:
+            view = await self._ledger.view()
+        except LedgerError as error:
+            if self.ledger_available:
+                log.warning("the ledger does not answer, going on by its last view: %s", error)
+            self.ledger_available = False
+            return self.view
+        if not self.ledger_available:
+            log.info("the ledger answers again")
+        self.ledger_available = True
+        self._local.update(view, self._loop.time())
+        ready = {view.info.role for view in view.instances if view.info.state is InstanceState.READY}
+        if {Role.PREFILL, Role.DECODE} <= ready:
+            self.ready.set()
+        return view
+
+    async def place(self, demand: Demand) -> Placement:
+        """Choose a prefill and a decode instance and reserve on the latter, in turn with those that wait already.
+        Releases what the request had reserved elsewhere. Raises NotPlaced."""
+        with tracer().start_as_current_span(names.SPAN_DISPATCH, attributes={names.POLICY: self.policy_name}) as span:
+            span.set_attribute(names.REQUEST_ID, demand.request_id)
+            placement = None if self.queued_requests else await self._try(demand)
+            if placement is None:
+                placement = await self._wait(demand)
+            span.set_attribute(names.PREFILL_INSTANCE, placement.prefill.instance_id)
+            span.set_attribute(names.DECODE_INSTANCE, placement.decode.instance_id)
+            return placement
+
+    async def place_decode(self, demand: Demand, *, layout: KvLayout) -> InstanceInfo:
+        """The same for a decode instance alone, for blocks that are ready under ``layout``. Raises NotPlaced."""
+        while True:
+            placement = await self._try(demand, layout=layout)
+            if placement is not None:
+                return placement.decode
+            if self._loop.time() >= demand.deadline_s:
+                raise self._refusal()
+            demand = dataclasses.replace(demand, avoid=frozenset())
+            await asyncio.sleep(self._settings.view_interval_s)
+
+    def prefilled(self, request_id: str, instance_id: str) -> None:
+        """A prefill has ended, well or not: the request counts there no more."""
+        self._local.remove(request_id, instance_id)
+        self._wake()
+
+    async def release(self, request_id: str) -> None:
+        """Drop what is reserved for a request."""
+        instance_id = self._reserved.pop(request_id, None)
+        if instance_id is None:
+            return
+        self._local.remove(request_id, instance_id)
+        if self.ledger_available:
+            # What cannot be released now expires.
+            with contextlib.suppress(LedgerError):
+                await self._ledger.release(request_id, instance_id)
+        self._wake()
+
+    def suspect(self, instance_id: str) -> None:
+        """An instance failed a request: it gets none until it has reported anew."""
+        self._local.suspect(instance_id, self._loop.time())
+
+    async def _wait(self, demand: Demand) -> Placement:
+        """Wait in the queue; whoever is first tries at each new view and each release. After a wait an instance that
+        refused the request before is as good as any."""
+        demand = dataclasses.replace(demand, avoid=frozenset())
+        now_s = self._loop.time()
+        queue = self._started_queue if demand.started else self._queue
+        give_up_s = demand.deadline_s
+        if not demand.started:
+            give_up_s = min(give_up_s - _REPLY_S, now_s + self._settings.queue_timeout_s)
+        absent_s = now_s + self._settings.absent_timeout_s
+        if not queue.push(Waiting(demand.request_id, give_up_s, demand.priority), now_s):
+            delay_s = queue.retry_delay_s(now_s)
+            raise NotPlaced.of(
+                retry_later(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{len(queue)} requests wait for an instance with room; try again later",
+                    delay_s,
+                )
+            )
+        turn = self._turns[demand.request_id] = asyncio.Event()
+        try:
+            while True:
+                if self._first() == demand.request_id:
+                    placement = await self._try(demand)
+                    if placement is not None:
+                        if self._first() == demand.request_id:
+                            queue.pop(self._loop.time())
+                        return placement
+                now_s = self._loop.time()
+                gone = not demand.started and self._last_reason in _ABSENT and now_s >= absent_s
+                if gone or now_s >= give_up_s:
+                    raise self._refusal()
+                until_s = give_up_s if demand.started or now_s >= absent_s else min(absent_s, give_up_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until_s):
+                        await turn.wait()
+                turn.clear()
+        finally:
+            queue.remove(demand.request_id)
+            del self._turns[demand.request_id]
+            self._wake()
+
+    async def _try(self, demand: Demand, *, layout: KvLayout | None = None) -> Placement | None:
+        """Decide and reserve once; None when there is no place now. ``layout`` asks for a decode instance alone."""
+        full: set[str] = set()
+        for _ in range(_MAX_REFUSALS):
+            decision = self._decide(demand, full, layout)
+            self._last_reason = decision.reason
+            if decision.decode is None:
+                return None
+            decode_id, tokens = decision.decode.instance_id, decision.decode.reserve_tokens
+            if self._reserved.get(demand.request_id, decode_id) != decode_id:
+                await self.release(demand.request_id)
+            # Counted before the ledger is asked, so that requests that come meanwhile go elsewhere.
+            self._reserved[demand.request_id] = decode_id
+            self._local.add(demand.request_id, decode_id, tokens)
+            if decision.prefill is not None:
+                self._local.add(demand.request_id, decision.prefill.instance_id, decision.prefill.reserve_tokens)
+            try:
+                if self.ledger_available:
+                    await self._ledger.reserve(
+                        demand.request_id,
+                        decode_id,
+                        tokens,
+                        limit_tokens=decision.decode.limit_tokens,
+                        ttl_s=self._settings.reservation_ttl_s,
+                    )
+            except ReservationRefused:
+                full.add(decode_id)
+                self._unreserve(demand.request_id, decision)
+                continue
+            except LedgerUnavailable as error:
+                log.debug("no ledger to reserve in: %s", error)
+            except asyncio.CancelledError:
+                if decision.prefill is not None:
+                    self._local.remove(demand.request_id, decision.prefill.instance_id)
+                raise
+            infos = {view.info.instance_id: view.info for view in self.view.instances}
+            if decode_id in infos and (decision.prefill is None or decision.prefill.instance_id in infos):
+                prefill = infos[decision.prefill.instance_id if decision.prefill is not None else decode_id]
+                return Placement(prefill, infos[decode_id])
+            self._unreserve(demand.request_id, decision)
+        return None
+
+    def _unreserve(self, request_id: str, decision: Decision) -> None:
+        """Take back what ``_try`` counted for a decision that the ledger did not agree to."""
+        self._reserved.pop(request_id, None)
+        for choice in (decision.decode, decision.prefill):
+            if choice is not None:
+                self._local.remove(request_id, choice.instance_id)
+
+    def _decide(self, demand: Demand, full: set[str], layout: KvLayout | None) -> Decision:
+        now_s = self._loop.time()
+        suspected = self._local.suspected(now_s, ledger_available=self.ledger_available)
+        unusable = suspected | full
+        excluded = self._local.avoidable(demand.avoid, unusable) | unusable
+        view = self._local.corrected()
+        request = DispatchRequest(demand.request_id, demand.need, frozenset(excluded))
+        if layout is None:
+            decision, self._memory = self._policy.choose(view, request, self._memory, self._config)
+        else:
+            decision, self._memory = self._policy.choose_decode(
+                view, request, self._memory, self._config, layout=layout
+            )
+        if decision.reason is NoPlacement.TOO_LONG and not suspected:
+            raise NotPlaced.of(
+                bad_field("input", f"has {demand.need.tokens} tokens, more than any instance can hold; send fewer")
+            )
+        return decision
+
+    def _refusal(self) -> NotPlaced:
+        if self._last_reason in _ABSENT:
+            return NotPlaced.of(
+                retry_later(
+                    grpc.StatusCode.UNAVAILABLE,
+                    "no prefill and decode instance that take requests are up; try again later",
+                    _RETRY_DELAY_S,
+                )
+            )
+        return NotPlaced.of(
+            retry_later(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "no instance had room in time; try again later",
+                self._queue.retry_delay_s(self._loop.time()),
+            )
+        )
+
+    def _first(self) -> str | None:
+        """Whose turn it is."""
+        for queue in (self._started_queue, self._queue):
+            for waiting in queue:
+                return waiting.request_id
+        return None
+
+    def _wake(self) -> None:
+        """Something has changed: let the first try."""
+        first = self._first()
+        if first is not None and first in self._turns:
+            self._turns[first].set()

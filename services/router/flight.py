@@ -1,0 +1,199 @@
+"""One request in flight: where the decode link's reader, the request's life and the client's writer meet.
+
+Owns the request's stream state and who is to be told of a change. Owns no policy of what happens next (``life``).
+Everything here is a plain call on the event loop: a token costs no task and no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from services.router.answer import Answer, Detokenizer, Piece
+from services.router.stream import TokenStream, Verdict
+from starmesh.rpc import convert
+from starmesh.rpc.status import StatusError, from_sequence_status
+from starmesh.types import FinishReason
+from starmesh.v1 import sequence_pb2
+
+
+class InstanceLost(Exception):
+    """An instance died, hangs or cannot be reached; what it had of ours is gone."""
+
+    def __init__(self, instance_id: str, reason: str) -> None:
+        super().__init__(f"{instance_id}: {reason}")
+        self.instance_id = instance_id
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The instance has given the sequence up and freed it."""
+
+    status: StatusError
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The instance is gone."""
+
+    error: InstanceLost
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The instance still has the sequence, but its tokens cannot be used: some are missing."""
+
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The sequence is complete. ``by_instance`` says whether the instance knows; if not, it must be told."""
+
+    by_instance: bool
+
+
+Outcome = Refused | Lost | Broken | Ended
+
+
+class Flight:
+    """A request from its acceptance to its last message."""
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        detokenizer: Detokenizer,
+        deadline_s: float,
+        coalesce_window_s: float,
+        on_ready: Callable[[Flight], None],
+    ) -> None:
+        """``deadline_s`` is in the event loop's time. ``on_ready`` is called when ``take`` has something or ``error``
+        is set, perhaps more often than needed, never less."""
+        self.request_id = request_id
+        self.deadline_s = deadline_s
+        self.prompt_tokens = 0
+        self.stream = TokenStream()
+        self.cached_tokens = 0
+        self.recoveries = 0
+        self.error: StatusError | None = None
+        self._answer = Answer(self.stream, detokenizer)
+        self._window_s = coalesce_window_s
+        self._on_ready = on_ready
+        self._timer: asyncio.TimerHandle | None = None
+        self._outcome: asyncio.Future[Outcome] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Flight {self.request_id} {self.stream!r}>"
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.stream.finish_reason is not None or self.error is not None
+
+    # What the decode link calls.
+
+    def deliver(self, output: sequence_pb2.SequenceOutput) -> None:
+        """Take what an instance made."""
+        if output.HasField("failure"):
+            if output.epoch == self.stream.epoch:
+                self._settle(Refused(from_sequence_status(output.failure)))
+            return
+        reason = convert.finish_reason(output.finish_reason) if output.finish_reason else None
+        if reason is FinishReason.CANCELLED:
+            # Nobody here asked for it: the instance gave the sequence up, and it can go on elsewhere.
+            status = StatusError(grpc.StatusCode.ABORTED, "the instance cancelled the sequence")
+            self.stream.accept(output.epoch, output.offset, output.token_ids)
+            if output.epoch == self.stream.epoch:
+                self._settle(Refused(status))
+            return
+        self.accept(output.epoch, output.offset, output.token_ids, reason)
+
+    def lost(self, error: InstanceLost) -> None:
+        """The instance that has the sequence is gone."""
+        self._settle(Lost(error))
+
+    # What the life calls.
+
+    def begin(self, epoch: int) -> asyncio.Future[Outcome]:
+        """Start to listen to a new owner; older ones are refused from now on. The future says how it ends."""
+        self.stream.begin(epoch)
+        if self._outcome is not None:
+            self._outcome.cancel()
+        self._outcome = asyncio.get_running_loop().create_future()
+        return self._outcome
+
+    def accept(self, epoch: int, offset: int, token_ids: Sequence[int], reason: FinishReason | None) -> None:
+        """Take tokens of an owner."""
+        verdict = self.stream.accept(epoch, offset, token_ids, reason)
+        if verdict is Verdict.NEW:
+            self._notify()
+        elif verdict is Verdict.END:
+            self._settle(Ended(by_instance=True))
+            self._notify()
+        elif verdict is Verdict.GAP:
+            held = len(self.stream.token_ids)
+            self._settle(Broken(f"epoch {epoch} continues at token {offset}, {held} are here"))
+
+    def find_finish(self, eos_token_ids: frozenset[int]) -> bool:
+        """End the stream if the accepted tokens end the sequence already; ``eos_token_ids`` is empty where they do
+        not. Returns whether it has ended."""
+        if self.ended:
+            return True
+        if self._answer.find_stop():
+            # It has ended the stream itself; what is left is to tell the client's writer.
+            self._notify()
+            return True
+        reason = self.stream.implied_finish(eos_token_ids)
+        if reason is not None:
+            self.end(reason)
+        return self.ended
+
+    def end(self, reason: FinishReason) -> None:
+        """End the stream from this side, unless it has ended."""
+        if self.stream.end(reason):
+            self._settle(Ended(by_instance=False))
+            self._notify()
+
+    def fail(self, error: StatusError) -> None:
+        """End the request with an error, unless it has ended."""
+        if not self.ended:
+            self.error = error
+            self._notify()
+
+    # What the client's writer calls.
+
+    def take(self) -> Piece | None:
+        """The next piece; None when there is nothing new. Tokens come before ``error`` is to be looked at."""
+        piece = self._answer.take()
+        if piece is not None and piece.finish_reason is not None:
+            # Detokenising may have found a stop string that the instance has not.
+            self._settle(Ended(by_instance=False))
+        return piece
+
+    def abandon(self) -> None:
+        """Nobody listens any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def _notify(self) -> None:
+        # The first token and the end never wait.
+        if not self._window_s or self.ended or not self._answer.started:
+            self._fire()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._window_s, self._fire)
+
+    def _fire(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._on_ready(self)

@@ -1,0 +1,283 @@
+"""The life of one request: dispatch, prefill, hand to decode, and again elsewhere after whatever goes wrong.
+
+Owns what happens next, and that nothing stays behind: no sequence on an instance, no reservation, no ownership entry.
+Owns no stream state (``flight``) and no choice of instance (``dispatcher``).
+
+Every turn begins from the accepted tokens, so it does not matter where the last one failed: the next prefill runs
+prompt and output so far, and counter-based sampling draws the same token that the lost instance would have drawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import grpc
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from services.router.config import RouterSettings
+from services.router.decode_link import DecodeLinks
+from services.router.dispatcher import Demand, Dispatcher, NotPlaced
+from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Outcome, Refused
+from services.router.model import ServedModel
+from services.router.owners import Owners
+from services.router.prefill_calls import PrefillCalls
+from services.router.validation import check_length
+from starmesh.policy.admission import Need
+from starmesh.rpc import convert
+from starmesh.rpc.status import StatusError, retry_later
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import current_traceparent, tracer
+from starmesh.types import InstanceInfo, SequenceSpec
+from starmesh.v1 import decode_pb2, inference_pb2, prefill_pb2, sequence_pb2
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_FIRST_S = 0.05
+_BACKOFF_MAX_S = 1.0
+RETRY_DELAY_S = 1.0
+# The instance's own deadline is a net below ours: ours ends the request first, with the right status.
+_DECODE_SLACK_S = 2.0
+_NO_CAPACITY = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all lives of a router share."""
+
+    settings: RouterSettings
+    model: ServedModel
+    dispatcher: Dispatcher
+    owners: Owners
+    links: DecodeLinks
+    prefills: PrefillCalls
+
+
+class Life:
+    """One request's life; ``run`` it once, as a task of its own."""
+
+    def __init__(self, parts: Parts, flight: Flight, request: inference_pb2.GenerateRequest, *, seed: int) -> None:
+        self._parts = parts
+        self._flight = flight
+        self._request = request
+        self._seed = seed
+        self._loop = asyncio.get_running_loop()
+        self._spec: SequenceSpec
+        self._eos_token_ids: frozenset[int] = frozenset()
+        self._avoid: set[str] = set()
+        self._failures = 0
+        self._waits = 0
+        self._refused_until_s = 0.0
+
+    async def run(self, parent: Context | None) -> None:
+        """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
+        request is left."""
+        flight = self._flight
+        attributes = {names.REQUEST_ID: flight.request_id, names.OPERATION: "text_completion"}
+        try:
+            with tracer().start_as_current_span(names.SPAN_GENERATE, parent, attributes=attributes) as span:
+                span.set_attribute(names.MODEL, self._parts.model.name)
+                try:
+                    async with asyncio.timeout_at(flight.deadline_s):
+                        await self._prepare()
+                        await self._generate()
+                except TimeoutError:
+                    flight.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline passed"))
+                except StatusError as error:
+                    flight.fail(error)
+                finally:
+                    self._describe(span)
+        except Exception:
+            log.exception("request %s failed", flight.request_id)
+            flight.fail(StatusError(grpc.StatusCode.INTERNAL, "internal error; the router's log has it"))
+        finally:
+            await self._clean_up()
+
+    async def _prepare(self) -> None:
+        flight, model = self._flight, self._parts.model
+        prompt = await model.tokenize(self._request)
+        facts = model.facts(self._parts.dispatcher.view)
+        sampling = check_length(self._request, len(prompt), facts, seed=self._seed)
+        flight.prompt_tokens = len(prompt)
+        flight.stream.max_output_tokens = sampling.max_output_tokens
+        if not sampling.ignore_eos:
+            self._eos_token_ids = facts.eos_token_ids
+        self._spec = SequenceSpec(
+            request_id=flight.request_id,
+            epoch=0,
+            prompt_token_ids=prompt,
+            output_token_ids=(),
+            sampling=sampling,
+            priority=self._request.priority,
+        )
+        self._refused_until_s = self._loop.time() + self._parts.settings.queue_timeout_s
+
+    async def _generate(self) -> None:
+        flight = self._flight
+        while not flight.find_finish(self._eos_token_ids):
+            try:
+                if flight.recoveries:
+                    with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
+                        recovery.set_attribute(names.RECOVERIES, flight.recoveries)
+                        prefilled = await self._prefill()
+                else:
+                    prefilled = await self._prefill()
+                if not flight.ended:
+                    await self._decode(*prefilled)
+            except InstanceLost as error:
+                log.warning("request %s lost %s", flight.request_id, error)
+                self._parts.dispatcher.suspect(error.instance_id)
+                flight.recoveries += 1
+                self._count_failure()
+            except NotPlaced:
+                raise
+            except StatusError as error:
+                await self._after_refusal(error)
+
+    async def _prefill(self) -> tuple[InstanceInfo, sequence_pb2.KvTicket]:
+        """Dispatch and prefill. Returns the decode instance and the leased blocks; the first token is accepted."""
+        flight, parts = self._flight, self._parts
+        stream = flight.stream
+        output = tuple(stream.token_ids)
+        placement = await parts.dispatcher.place(self._demand(flight.deadline_s))
+        epoch = await parts.owners.claim(flight.request_id, placement.decode.instance_id)
+        flight.begin(epoch)
+        self._spec = dataclasses.replace(self._spec, epoch=epoch, output_token_ids=output)
+        layout = placement.prefill.layout
+        request = prefill_pb2.PrefillRequest(
+            sequence=convert.spec_pb(self._spec), model_revision=layout.model_revision if layout else ""
+        )
+        try:
+            response = await parts.prefills.prefill(
+                placement.prefill, request, timeout_s=max(0.001, flight.deadline_s - self._loop.time())
+            )
+        except StatusError:
+            self._avoid.add(placement.prefill.instance_id)
+            raise
+        finally:
+            parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
+        if not output:
+            flight.cached_tokens = response.cached_tokens
+            trace.get_current_span().add_event(names.EVENT_FIRST_TOKEN)
+        flight.accept(epoch, len(output), [response.token_id], convert.finish_reason(response.finish_reason))
+        return placement.decode, response.ticket
+
+    async def _decode(self, instance: InstanceInfo, ticket: sequence_pb2.KvTicket) -> None:
+        """Decode at ``instance``, or at another while it refuses and the ticket is good. Returns at the end of the
+        sequence; raises InstanceLost, or StatusError when it was given up."""
+        flight, parts = self._flight, self._parts
+        lease_ends_s = self._loop.time() + convert.duration_s(ticket.lease_duration)
+        tokens = len(flight.stream.token_ids)
+        while True:
+            match await self._decode_at(instance, ticket):
+                case Ended():
+                    return
+                case Lost(error):
+                    raise error
+                case Broken(description):
+                    raise StatusError(grpc.StatusCode.DATA_LOSS, description)
+                case Refused(status):
+                    self._avoid.add(instance.instance_id)
+                    if status.code is grpc.StatusCode.FAILED_PRECONDITION:
+                        self._avoid.add(ticket.instance_id)
+                    untouched = status.code in _NO_CAPACITY and len(flight.stream.token_ids) == tokens
+                    if not untouched:
+                        raise status
+                    await self._back_off(status)
+                    if self._loop.time() >= lease_ends_s:
+                        raise status
+                    try:
+                        instance = await parts.dispatcher.place_decode(
+                            self._demand(lease_ends_s), layout=convert.layout(ticket.layout)
+                        )
+                    except NotPlaced:
+                        raise status from None
+                    epoch = await parts.owners.claim(flight.request_id, instance.instance_id)
+                    self._spec = dataclasses.replace(self._spec, epoch=epoch)
+
+    async def _decode_at(self, instance: InstanceInfo, ticket: sequence_pb2.KvTicket) -> Outcome:
+        """Start the sequence at one instance and wait for what becomes of it there."""
+        flight = self._flight
+        request_id, epoch = flight.request_id, self._spec.epoch
+        spec = dataclasses.replace(self._spec, output_token_ids=tuple(flight.stream.token_ids))
+        start = decode_pb2.StartSequence(
+            sequence=convert.spec_pb(spec),
+            ticket=ticket,
+            timeout=convert.duration_pb(max(0.0, flight.deadline_s - self._loop.time()) + _DECODE_SLACK_S),
+            traceparent=current_traceparent(),
+        )
+        outcome: Outcome | None = None
+        settled = flight.begin(epoch)
+        if flight.ended:
+            return Ended(by_instance=True)
+        link = self._parts.links.get(instance)
+        link.start(flight, start)
+        try:
+            outcome = await settled
+            return outcome
+        finally:
+            link.leave(flight, request_id)
+            # Cut short from this side, the instance still works on it.
+            if outcome is None or outcome == Ended(by_instance=False) or isinstance(outcome, Broken):
+                link.cancel(request_id, flight.stream.epoch)
+
+    def _demand(self, deadline_s: float) -> Demand:
+        spec, stream = self._spec, self._flight.stream
+        output_tokens = len(stream.token_ids)
+        return Demand(
+            request_id=spec.request_id,
+            need=Need(
+                tokens=len(spec.prompt_token_ids) + output_tokens,
+                remaining_output_tokens=stream.max_output_tokens - output_tokens,
+            ),
+            deadline_s=min(deadline_s, self._flight.deadline_s),
+            priority=spec.priority,
+            started=output_tokens > 0,
+            avoid=frozenset(self._avoid),
+        )
+
+    async def _after_refusal(self, error: StatusError) -> None:
+        """Wait before the next turn, or raise what ends the request."""
+        if error.code in _NO_CAPACITY:
+            await self._back_off(error)
+            return
+        if error.code is grpc.StatusCode.ALREADY_EXISTS and not self._flight.stream.epoch:
+            raise error  # another router has a request of this id
+        log.warning("request %s was given up: %s", self._flight.request_id, error.code.name)
+        log.debug("request %s: %s", self._flight.request_id, error.message)
+        self._count_failure()
+        await asyncio.sleep(min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** (self._failures - 1)))
+
+    async def _back_off(self, error: StatusError) -> None:
+        if not self._flight.stream.token_ids and self._loop.time() >= self._refused_until_s:
+            raise retry_later(error.code, "no instance has room; try again later", RETRY_DELAY_S)
+        await asyncio.sleep(min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2**self._waits))
+        self._waits = min(self._waits + 1, 8)
+
+    def _count_failure(self) -> None:
+        self._failures += 1
+        if self._failures > self._parts.settings.max_recoveries:
+            raise retry_later(
+                grpc.StatusCode.UNAVAILABLE,
+                f"gave up after {self._failures} failed tries on this cluster; try again later",
+                RETRY_DELAY_S,
+            )
+
+    def _describe(self, span: trace.Span) -> None:
+        flight = self._flight
+        span.set_attribute(names.INPUT_TOKENS, flight.prompt_tokens)
+        span.set_attribute(names.OUTPUT_TOKENS, len(flight.stream.token_ids))
+        span.set_attribute(names.CACHED_TOKENS, flight.cached_tokens)
+        span.set_attribute(names.RECOVERIES, flight.recoveries)
+        if flight.stream.finish_reason is not None:
+            span.set_attribute(names.FINISH_REASONS, [flight.stream.finish_reason.value])
+        if flight.error is not None:
+            span.set_status(trace.Status(trace.StatusCode.ERROR, flight.error.code.name))
+
+    async def _clean_up(self) -> None:
+        request_id = self._flight.request_id
+        await self._parts.dispatcher.release(request_id)
+        await self._parts.owners.disown(request_id)

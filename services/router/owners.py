@@ -1,0 +1,88 @@
+"""Ownership entries of this router's requests in the ledger.
+
+Owns the epochs that this router hands out: each claim of a request gets a higher one, by compare-and-set where the
+ledger answers and by its own count where it does not. Owns no decision of who is to be the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from starmesh.ledger import Ledger, LedgerError, LedgerUnavailable, OwnershipConflict
+from starmesh.rpc.status import StatusError
+from starmesh.types import Ownership
+
+log = logging.getLogger(__name__)
+
+# Each turn has seen another owner than the one before: far more than a request has migrations at a time.
+_MAX_CLAIMS = 4
+
+
+class Owners:
+    """Claims, renews and removes entries."""
+
+    def __init__(self, ledger: Ledger, *, ttl_s: float, available: Callable[[], bool]) -> None:
+        """``available`` says whether the ledger answered lately: one that did not is not asked again here, where a
+        client would wait for it."""
+        self._ledger = ledger
+        self._available = available
+        self._ttl_s = ttl_s
+        self._owned: dict[str, Ownership] = {}
+
+    async def claim(self, request_id: str, instance_id: str) -> int:
+        """Make ``instance_id`` the owner. Returns the new epoch, higher than any before.
+
+        Raises StatusError ALREADY_EXISTS when another router has a request of this id in flight, ABORTED when the
+        owner keeps changing.
+        """
+        mine = self._owned.get(request_id)
+        expected = mine
+        epoch = mine.epoch + 1 if mine is not None else 1
+        for _ in range(_MAX_CLAIMS):
+            try:
+                if not self._available():
+                    raise LedgerUnavailable("the ledger did not answer lately")
+                await self._ledger.claim(request_id, instance_id, expected=expected, epoch=epoch, ttl_s=self._ttl_s)
+            except OwnershipConflict as conflict:
+                if mine is None and conflict.current is not None:
+                    raise StatusError(
+                        grpc.StatusCode.ALREADY_EXISTS,
+                        f"request_id: a request {request_id} is in flight; choose another id or wait for its end",
+                    ) from None
+                # A ledger that restarted empty, or an owner that this router has not heard of yet.
+                expected = conflict.current
+                epoch = max(epoch, expected.epoch + 1 if expected is not None else 1)
+                continue
+            except asyncio.CancelledError:
+                # The claim may have been done: ``disown`` must know of it.
+                self._owned[request_id] = Ownership(instance_id, epoch)
+                raise
+            except LedgerUnavailable:
+                # Without the ledger nobody else can take the sequence over either.
+                log.debug("no ledger to claim %s in; going on with epoch %d", request_id, epoch)
+            self._owned[request_id] = Ownership(instance_id, epoch)
+            return epoch
+        raise StatusError(grpc.StatusCode.ABORTED, f"the owner of {request_id} keeps changing")
+
+    async def disown(self, request_id: str) -> None:
+        """Remove the entry, if this router made one."""
+        mine = self._owned.pop(request_id, None)
+        if mine is not None:
+            # What cannot be removed now expires.
+            with contextlib.suppress(LedgerError):
+                if self._available():
+                    await self._ledger.disown(request_id, mine.epoch)
+
+    async def keep(self) -> None:
+        """Renew all entries again and again; ends by cancellation."""
+        while True:
+            await asyncio.sleep(self._ttl_s / 3)
+            with contextlib.suppress(LedgerError):
+                if self._owned:
+                    epochs = {request_id: owned.epoch for request_id, owned in self._owned.items()}
+                    await self._ledger.renew(epochs, ttl_s=self._ttl_s)

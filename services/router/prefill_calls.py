@@ -1,0 +1,86 @@
+"""Calls to prefill instances.
+
+Owns the channels and the calls in progress, so that those to an instance that vanished can be given up. Owns no
+choice of instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from services.router.flight import InstanceLost
+from starmesh.rpc.channels import ChannelPool
+from starmesh.rpc.status import from_rpc_error
+from starmesh.types import InstanceInfo
+from starmesh.v1 import prefill_pb2, prefill_pb2_grpc
+
+# What an instance that lives says of a request. Anything else says that it died, is dying, or cannot be reached.
+_REFUSALS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class PrefillCalls:
+    """Prefills at any instance."""
+
+    def __init__(self) -> None:
+        self._channels = ChannelPool(traced=True)
+        self._calls: dict[str, set[Any]] = defaultdict(set)
+
+    async def prefill(
+        self, instance: InstanceInfo, request: prefill_pb2.PrefillRequest, *, timeout_s: float
+    ) -> prefill_pb2.PrefillResponse:
+        """Run a prefill. Raises StatusError when the instance refuses and InstanceLost when it is gone; cancelling
+        cancels it there too."""
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._channels.get(instance.address))
+        call = stub.Prefill(request, timeout=timeout_s)
+        calls = self._calls[instance.instance_id]
+        calls.add(call)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            status = from_rpc_error(error)
+            draining = status.code is grpc.StatusCode.UNAVAILABLE and status.retry_delay_s is not None
+            if status.code in _REFUSALS or draining:
+                raise status from None
+            raise InstanceLost(instance.instance_id, f"{status.code.name}: {status.message}") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                call.cancel()
+                raise
+            raise InstanceLost(instance.instance_id, "its lease in the ledger ended") from None
+        finally:
+            calls.discard(call)
+
+    @property
+    def instance_ids(self) -> set[str]:
+        """The instances with calls in progress."""
+        return {instance_id for instance_id, calls in self._calls.items() if calls}
+
+    def lose(self, missing: set[str]) -> None:
+        """Give up the calls to these instances."""
+        for instance_id in missing & self._calls.keys():
+            for call in self._calls.pop(instance_id):
+                call.cancel()
+
+    async def retain(self, instances: list[InstanceInfo]) -> None:
+        """Close the channels to all others that have no call in progress."""
+        if not self.instance_ids - {instance.instance_id for instance in instances}:
+            await self._channels.retain({instance.address for instance in instances})
+
+    async def close(self) -> None:
+        """Close all channels."""
+        with contextlib.suppress(grpc.aio.UsageError):
+            await self._channels.close()

@@ -1,0 +1,91 @@
+"""InferenceService: the public API on the wire. Owns nothing of a request's course."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from services.router.many import ManyRequests
+from services.router.model import ServedModel
+from services.router.pieces import piece_pb
+from services.router.router import Router
+from services.router.validation import ModelFacts, check_request_id
+from starmesh.rpc.status import StatusError
+from starmesh.telemetry.setup import context_of
+from starmesh.v1 import inference_pb2, inference_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves clients."""
+
+    def __init__(
+        self, router: Router, model: ServedModel, *, facts: Callable[[], ModelFacts], max_stream_requests: int
+    ) -> None:
+        self._router = router
+        self._model = model
+        self._facts = facts
+        self._max_stream_requests = max_stream_requests
+
+    async def Generate(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        router = self._router
+        ready = asyncio.Event()
+        flight = router.open(request, timeout_s=context.time_remaining(), on_ready=lambda _: ready.set())
+        # A client that goes away while a write waits for it is noticed here first.
+        context.add_done_callback(lambda _: router.close(flight))  # type: ignore[arg-type] # the stub has no protocol
+        try:
+            while True:
+                await ready.wait()
+                ready.clear()
+                # One piece, or several when tokens come during the write.
+                while (piece := flight.take()) is not None:
+                    yield piece_pb(flight, piece)
+                    if piece.finish_reason is not None:
+                        return
+                if flight.error is not None:
+                    raise flight.error
+        finally:
+            router.close(flight)
+
+    async def GenerateMany(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[inference_pb2.GenerateManyRequest], context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateManyResponse]:
+        metadata = dict(context.invocation_metadata() or ())
+        requests = ManyRequests(
+            self._router,
+            max_requests=self._max_stream_requests,
+            timeout_s=context.time_remaining(),
+            parent=context_of(str(metadata.get("traceparent", ""))),
+        )
+        context.add_done_callback(lambda _: requests.close())  # type: ignore[arg-type] # as above
+        async with requests:
+            async for response in requests.run(request_iterator):
+                yield response
+
+    async def Cancel(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        check_request_id(request.request_id)
+        if not self._router.cancel(request.request_id):
+            raise StatusError(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id} is in flight here")
+        return inference_pb2.CancelResponse()
+
+    async def GetModel(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.GetModelResponse:
+        facts = self._facts()
+        return inference_pb2.GetModelResponse(
+            model=facts.name,
+            revision=self._model.revision,
+            context_tokens=facts.context_tokens,
+            vocabulary_tokens=facts.vocabulary_tokens,
+            has_chat_template=facts.has_chat_template,
+            eos_token_ids=sorted(facts.eos_token_ids),
+        )

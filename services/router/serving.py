@@ -1,0 +1,136 @@
+"""A running router: its parts, in the order that they start and stop.
+
+Health is SERVING from the first view of the ledger with a prefill and a decode instance that take work, until the
+process is told to stop. It stays SERVING when instances vanish later: requests wait for them, or are told to retry,
+and another router would see no more of them than this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from types import TracebackType
+from typing import Self
+
+from services.router.cluster_servicer import ClusterServicer
+from services.router.config import RouterSettings
+from services.router.decode_link import DecodeLinks
+from services.router.dispatcher import Dispatcher
+from services.router.life import Parts
+from services.router.model import ServedModel
+from services.router.owners import Owners
+from services.router.prefill_calls import PrefillCalls
+from services.router.router import Router
+from services.router.servicer import InferenceServicer
+from starmesh.ledger import Ledger
+from starmesh.ledger.membership import Membership
+from starmesh.process import write_port_file
+from starmesh.rpc.server import RpcServer
+from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
+from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# Handlers end by themselves once their requests have; this is for messages still on their way.
+_SERVER_GRACE_S = 1.0
+
+
+class RouterProcess:
+    """Use as an async context manager: serves inside, drains on the way out."""
+
+    def __init__(self, settings: RouterSettings, ledger: Ledger, model: ServedModel) -> None:
+        self.dispatcher = Dispatcher(ledger, settings)
+        self.links = DecodeLinks()
+        self.address = ""
+        self._settings = settings
+        self._ledger = ledger
+        self._prefills = PrefillCalls()
+        self._owners = Owners(ledger, ttl_s=settings.owner_ttl_s, available=lambda: self.dispatcher.ledger_available)
+        self.router = Router(
+            Parts(
+                settings=settings,
+                model=model,
+                dispatcher=self.dispatcher,
+                owners=self._owners,
+                links=self.links,
+                prefills=self._prefills,
+            )
+        )
+        self._server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+        inference = InferenceServicer(
+            self.router,
+            model,
+            facts=lambda: model.facts(self.dispatcher.view),
+            max_stream_requests=settings.max_stream_requests,
+        )
+        service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+        self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference, service)
+        service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+        cluster = ClusterServicer(self.router, self.dispatcher)
+        self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
+        self._membership: Membership | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        """Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
+        settings = self._settings
+        self.address = await self._server.start()
+        info = InstanceInfo(
+            instance_id=settings.name_instance(Role.ROUTER.value),
+            incarnation=secrets.token_hex(8),
+            role=Role.ROUTER,
+            address=settings.advertise or self.address,
+        )
+        self._membership = Membership(
+            self._ledger, info, load=_no_load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
+        )
+        await self._membership.start()
+        self._tasks = [
+            asyncio.create_task(self.dispatcher.run(on_view=self._lose_missing), name="ledger views"),
+            asyncio.create_task(self._owners.keep(), name="ownership"),
+            asyncio.create_task(self._serve_when_ready(), name="health"),
+        ]
+        write_port_file(settings.port_file, self.address)
+        log.info("listening on %s", self.address)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # New requests are refused with a status that says to retry, not with a closed port, while old ones end.
+        self._tasks[2].cancel()
+        await self._server.set_serving(False)
+        self.router.stopping.set()
+        if self._membership is not None:
+            await self._membership.set_state(InstanceState.DRAINING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.grace_s):
+                await self.router.idle.wait()
+        await self.router.stop()
+        await self._server.stop(_SERVER_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.links.close()
+        await self._prefills.close()
+        if self._membership is not None:
+            await self._membership.stop()
+        log.info("stopped")
+
+    async def _serve_when_ready(self) -> None:
+        await self.dispatcher.ready.wait()
+        await self._server.set_serving(True)
+        log.info("serving on %s", self.address)
+
+    async def _lose_missing(self, missing: set[str]) -> None:
+        """Give up what hangs on instances whose lease has ended."""
+        self.links.lose_silent(missing, silent_s=self._settings.lease_ttl_s)
+        self._prefills.lose(missing)
+        await self._prefills.retain([view.info for view in self.dispatcher.view.instances])
+
+
+async def _no_load() -> InstanceLoad:
+    """A router holds no KV."""
+    return InstanceLoad(total_blocks=0, free_blocks=0)
