@@ -23,7 +23,7 @@ def describe() -> str:
 
 
 def commit(*paths: str) -> str:
-    """The short commit, with ``+`` when what git tracks under ``paths`` (of the project; all without any) has changed."""
+    """The short commit, with ``+`` when tracked files under ``paths`` (all, without paths) have changed."""
     root = Path(__file__).parents[1]
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     if run.returncode != 0:

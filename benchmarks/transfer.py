@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -31,20 +31,17 @@ BLOCKS = 1024 // LAYOUT.block_tokens
 PULLED_BYTES = BLOCKS * LAYOUT.block_bytes
 
 
-class Channels(dict[str, grpc.aio.Channel]):
-    """A channel per address."""
-
-    def __missing__(self, address: str) -> grpc.aio.Channel:
-        self[address] = grpc.aio.insecure_channel(address)
-        return self[address]
-
-
-async def open_end(memory: HostMemory, name: str, backends: Sequence[TransferBackend]) -> KvTransfer:
+async def open_end(
+    memory: HostMemory,
+    name: str,
+    backends: Sequence[TransferBackend],
+    channel_for: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+) -> KvTransfer:
     return await open_transfer(
         memory,
         instance_id=name,
         incarnation=str(os.getpid()),
-        channel_for=Channels().__getitem__,
+        channel_for=channel_for,
         on_end=lambda owner_key: None,
         backends=backends,
     )
@@ -75,7 +72,11 @@ async def measure(rounds: int) -> dict[str, Any]:
     assert holder.stdout is not None
     address = (await holder.stdout.readline()).decode().strip()
     memory = HostMemory(LAYOUT, BLOCKS)
-    ends = {backend: await open_end(memory, f"puller-{backend.value}", [backend]) for backend in available_backends()}
+    channel = grpc.aio.insecure_channel(address)
+    ends = {
+        backend: await open_end(memory, f"puller-{backend.value}", [backend], lambda _: channel)
+        for backend in available_backends()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in [*(backend.value for backend in ends), "memcpy"]}
     cpu_seconds: dict[str, list[float]] = {backend.value: [] for backend in ends}
     source, destination = np.ones(PULLED_BYTES, np.uint8), np.ones(PULLED_BYTES, np.uint8)
@@ -100,6 +101,7 @@ async def measure(rounds: int) -> dict[str, Any]:
             seconds["memcpy"].append(time.perf_counter() - started)
     for end in ends.values():
         await end.close()
+    await channel.close()
     holder.stdin.close()
     await holder.communicate()
     return summary(seconds, cpu_seconds)

@@ -11,6 +11,8 @@ What NIXL 1.5 does that shapes this file (observed):
 - A peer that dies makes its READs fail within milliseconds, and those have ended for good.
 - Between processes of one host the copy happens inside ``transfer``, so that call blocks for as long as the copy
   takes: READs are posted in windows, for others to get their turn.
+- NIXL's own Python wrapper starts the progress thread with a delay of 0, which spins: a whole core for as long as the
+  agent lives. So this file calls the bindings below the wrapper, where the delay can be set.
 - A removed peer that is added again at once may fail to connect. Names are new with every incarnation and agent, so
   only a peer that failed comes back under its name, and the puller leaves it alone for a while.
 """
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from starmesh.transfer import BlockMemory, TransferError
 from starmesh.transfer.worker_thread import to_its_end
@@ -46,6 +48,9 @@ TURN_S = 0.005
 POLL_S = 0.0002
 """Time between two looks at a READ."""
 
+PROGRESS_INTERVAL_US = 10_000
+"""How often the progress thread looks around by itself; it wakes at once for what arrives."""
+
 CANCEL_GRACE_S = 1.0
 """How long a cancelled READ may take to end by itself before the agent is given up."""
 
@@ -55,11 +60,11 @@ class NixlError(TransferError):
 
 
 def load_nixl() -> ModuleType | None:
-    """NIXL's Python API, None where no wheel of it is installed. The wheels differ in CUDA's version only."""
-    # NIXL and UCX report every set-up on stdout. What fails reaches us as an exception, so they can keep quiet.
+    """NIXL's bindings, None where no wheel of it is installed. The wheels differ in CUDA's version only."""
+    # NIXL and UCX report set-ups and lost peers on their own. What fails reaches us as an exception: let them be quiet.
     os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-    for name in ("nixl._api", "nixl_cu12._api", "nixl_cu13._api"):
+    for name in ("nixl._bindings", "nixl_cu12._bindings", "nixl_cu13._bindings"):
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -80,12 +85,11 @@ def merge_runs(block_ids: Sequence[int], local_block_ids: Sequence[int]) -> Iter
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """One pull's READs, a window at a time. ``handle`` and ``generation`` are set while one is under way."""
+    """One pull's READs, a window at a time. ``handle`` is set while one is under way."""
 
     peer: transfer_pb2.NixlEndpoint
     deadline_s: float
-    handle: Any = None
-    generation: int = 0
+    handle: int | None = None
 
     def hurry(self) -> None:
         self.deadline_s = min(self.deadline_s, time.monotonic() + CANCEL_GRACE_S)
@@ -164,9 +168,9 @@ class _NativeAgent:
         self._name = name
         self._range = memory.device_range
         self._block_bytes = memory.layout.block_bytes
+        self._segments = {"DRAM": api.DRAM_SEG, "VRAM": api.VRAM_SEG}
         self._generation = 0
         self._agent: Any = None
-        self._registered: Any = None
         self._peers: set[str] = set()
         self._forgotten: set[str] = set()
         self._reads: set[_Read] = set()
@@ -175,11 +179,15 @@ class _NativeAgent:
     def start(self) -> None:
         self._generation += 1
         name = f"{self._name}/{self._generation}"
+        config = self._api.nixlAgentConfig()
+        config.useProgThread = True
+        config.pthrDelay = PROGRESS_INTERVAL_US
+        pool = (self._range.address, self._range.size, self._range.device, "")
         try:
-            agent = self._api.nixl_agent(name, self._api.nixl_agent_config(backends=["UCX"]))
-            region = (self._range.address, self._range.size, self._range.device, "")
-            self._registered = agent.register_memory([region], self._range.memory)
-            metadata = agent.get_agent_metadata()
+            agent = self._api.nixlAgent(name, config)
+            agent.createBackend("UCX", {})
+            agent.registerMem(self._api.nixlRegDList(self._segments[self._range.memory], [pool]), [])
+            metadata = agent.getLocalMD()
         except Exception as error:
             raise NixlError(f"NIXL does not start ({error!r}); run with the stream backend only") from error
         self._agent = agent
@@ -195,99 +203,95 @@ class _NativeAgent:
     def stop(self) -> None:
         """Destroy the agent, and with it what is under way."""
         for read in self._reads:
-            # The handle refers to the agent and would keep it alive.
-            _release(read)
+            self._release(read)
         self._reads.clear()
         self._peers.clear()
         self._forgotten.clear()
-        self._registered = self._agent = None
+        self._agent = None  # the only reference
 
     def post(self, read: _Read, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Start a READ of (remote first, local first, blocks). Raises NixlError."""
         if self._agent is None:
             self.start()
-        peer = read.peer
-        posted = False
+        peer, size = read.peer, self._block_bytes
+        self._forgotten.discard(peer.agent)
+        ours = [(self._range.address + local * size, blocks * size, self._range.device) for _, local, blocks in runs]
+        theirs = [(peer.base_address + first * size, blocks * size, peer.device) for first, _, blocks in runs]
         try:
             if peer.agent not in self._peers:
-                self._agent.add_remote_agent(peer.metadata)
+                self._agent.loadRemoteMD(peer.metadata)
                 self._peers.add(peer.agent)
-            self._forgotten.discard(peer.agent)
-            size = self._block_bytes
-            ours = [
-                (self._range.address + local * size, blocks * size, self._range.device) for _, local, blocks in runs
-            ]
-            theirs = [(peer.base_address + first * size, blocks * size, peer.device) for first, _, blocks in runs]
-            read.handle = self._agent.initialize_xfer(
-                "READ",
-                self._agent.get_xfer_descs(ours, self._range.memory),
-                self._agent.get_xfer_descs(theirs, peer.memory),
+            read.handle = self._agent.createXferReq(
+                self._api.NIXL_READ,
+                self._api.nixlXferDList(self._segments[self._range.memory], ours),
+                self._api.nixlXferDList(self._segments[peer.memory], theirs),
                 peer.agent,
+                b"",
+                [],
             )
-            read.generation = self._generation
-            self._reads.add(read)
-            posted = True
-            self._agent.transfer(read.handle)
         except Exception as error:
-            self._fail(read, error, posted)
+            self.forget(peer.agent)
+            raise NixlError(f"READ from {peer.agent}: {error!r}") from error
+        self._reads.add(read)
+        try:
+            self._agent.postXferReq(read.handle, b"")
+        except Exception as error:
+            self._fail(read, error)
 
     def watch(self, read: _Read) -> bool:
         """Watch a READ for a turn. Returns whether it is done; raises NixlError when it failed or its time is up."""
-        if read.generation != self._generation or read not in self._reads:
+        if read not in self._reads:
             raise NixlError(f"READ from {read.peer.agent}: the local agent was restarted")
         until_s = time.monotonic() + TURN_S
         try:
-            while (state := self._agent.check_xfer_state(read.handle)) == "PROC":
+            while (status := self._agent.getXferStatus(read.handle)) == self._api.NIXL_IN_PROG:
                 now_s = time.monotonic()
                 if now_s >= read.deadline_s:
                     raise TimeoutError("its time is up")
                 if now_s >= until_s:
                     return False
                 time.sleep(POLL_S)
-            if state != "DONE":
-                raise RuntimeError(f"state {state}")
+            if status != self._api.NIXL_SUCCESS:
+                raise RuntimeError(f"status {status}")
         except Exception as error:
-            self._fail(read, error, posted=True)
+            self._fail(read, error)
         self._end(read)
         return True
 
     def forget(self, agent_name: str) -> None:
+        """Remove a peer once no READ from it is under way."""
         self._forgotten.add(agent_name)
         self._remove_forgotten()
 
-    def _fail(self, read: _Read, error: Exception, posted: bool) -> None:
+    def _fail(self, read: _Read, error: Exception) -> NoReturn:
         """End a READ that failed; where bytes of it may still come, end the agent too. Raises NixlError."""
-        disconnected = "REMOTE_DISCONNECT" in str(error)
-        self._end(read)
-        if posted and not disconnected:
+        if isinstance(error, self._api.nixlRemoteDisconnectError):
+            self._end(read)
+            self.forget(read.peer.agent)
+        else:
             log.warning("restarting NIXL: a READ from %s did not end (%s)", read.peer.agent, error)
             self.stop()
             self.start()
-        else:
-            self.forget(read.peer.agent)
         raise NixlError(f"READ from {read.peer.agent}: {error!r}") from error
 
     def _end(self, read: _Read) -> None:
-        _release(read)
+        self._release(read)
         self._reads.discard(read)
         self._remove_forgotten()
 
+    def _release(self, read: _Read) -> None:
+        try:
+            self._agent.releaseXferReq(read.handle)
+        except Exception as error:  # still under way; the agent's end takes care of it
+            log.debug("releasing a READ from %s: %r", read.peer.agent, error)
+        read.handle = None
+
     def _remove_forgotten(self) -> None:
-        busy = {read.peer.agent for read in self._reads}
-        for name in self._forgotten - busy:
+        for name in self._forgotten - {read.peer.agent for read in self._reads}:
             self._forgotten.remove(name)
             if name in self._peers:
                 self._peers.remove(name)
                 try:
-                    self._agent.remove_remote_agent(name)
+                    self._agent.invalidateRemoteMD(name)
                 except Exception as error:  # it is gone, which is what was asked for
                     log.debug("removing NIXL peer %s: %r", name, error)
-
-
-def _release(read: _Read) -> None:
-    if read.handle is None:
-        return
-    try:
-        read.handle.release()
-    except Exception as error:  # still under way; the agent's end takes care of it
-        log.debug("releasing a READ from %s: %r", read.peer.agent, error)
-    read.handle = None

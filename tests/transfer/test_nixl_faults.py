@@ -8,6 +8,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -162,3 +163,23 @@ async def test_nothing_lands_after_a_read_from_a_hung_holder_is_over(
         await agent.read(other.transfer._nixl.endpoint(), range(BLOCKS), range(BLOCKS), timeout_s=20)
         assert np.array_equal(memory.blocks, other.memory.blocks)
     await agent.close()
+
+
+def _runnable_ns() -> dict[str, int]:
+    """For each thread of this process, how long it has run or waited to run."""
+    return {
+        task.name: sum(int(value) for value in (task / "schedstat").read_text().split()[:2])
+        for task in Path("/proc/self/task").iterdir()
+    }
+
+
+@needs_nixl
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's scheduler statistics")
+async def test_an_idle_agent_does_not_spin() -> None:
+    async with running_instance([NIXL]):
+        before = _runnable_ns()
+        await asyncio.sleep(1.0)
+        after = _runnable_ns()
+    # A spinning thread is runnable all of the time, however busy the machine is.
+    busiest_ns = max(after[thread] - before[thread] for thread in before.keys() & after.keys())
+    assert busiest_ns < 0.5e9
