@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.router.dispatcher import Dispatcher
+from services.router.ledger_watch import LedgerWatch
 from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
 from starmesh.rpc import convert
@@ -32,18 +32,19 @@ _RETRY_DELAY_S = 1.0
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves operators."""
 
-    def __init__(self, router: Router, dispatcher: Dispatcher) -> None:
+    def __init__(self, router: Router, watch: LedgerWatch, *, dispatch_policy: str) -> None:
         self._router = router
-        self._dispatcher = dispatcher
+        self._watch = watch
+        self._dispatch_policy = dispatch_policy
 
     async def ListInstances(  # noqa: N802 - gRPC's name
         self, request: cluster_pb2.ListInstancesRequest, context: Context
     ) -> cluster_pb2.ListInstancesResponse:
-        view = await self._dispatcher.refresh()
+        view = await self._watch.refresh()
         return cluster_pb2.ListInstancesResponse(
             instances=_instances(view),
-            dispatch_policy=self._dispatcher.policy_name,
-            ledger_available=self._dispatcher.ledger_available,
+            dispatch_policy=self._dispatch_policy,
+            ledger_available=self._watch.available,
         )
 
     async def WatchCluster(  # noqa: N802 - gRPC's name
@@ -58,10 +59,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             now.GetCurrentTime()
             yield cluster_pb2.WatchClusterResponse(
                 observe_time=now,
-                instances=_instances(self._dispatcher.view),
+                instances=_instances(self._watch.view),
                 queued_requests=self._router.queued_requests,
                 active_requests=self._router.active_requests,
-                ledger_available=self._dispatcher.ledger_available,
+                ledger_available=self._watch.available,
             )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
@@ -71,7 +72,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
         check_request_id(request.instance_id, "instance_id")
-        view = await self._dispatcher.refresh()
+        view = await self._watch.refresh()
         found = [view.info for view in view.instances if view.info.instance_id == request.instance_id]
         if not found:
             raise StatusError(grpc.StatusCode.NOT_FOUND, f"the ledger has no instance {request.instance_id}")

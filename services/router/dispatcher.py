@@ -1,7 +1,7 @@
 """Where a request runs: the ledger's view, the dispatch policy, and a reservation that the ledger has agreed to.
 
-Owns the background look at the ledger, the requests that wait for room, and what this router has reserved. Owns no
-policy (``starmesh.policy``) and nothing that happens on an instance (``life``). With the ledger down it goes on by the
+Owns the requests that wait for room and what this router has reserved. Owns no policy (``starmesh.policy``), no look at
+the ledger (``ledger_watch``) and nothing that happens on an instance (``life``). With the ledger down it goes on by the
 last view and this router's own counts.
 """
 
@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 
 import grpc
 
 from services.router.config import RouterSettings
-from services.router.local_view import LocalView
+from services.router.ledger_watch import LedgerWatch
 from starmesh.ledger import Ledger, LedgerError, LedgerUnavailable, ReservationRefused
 from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
 from starmesh.policy.dispatch import (
@@ -31,7 +31,7 @@ from starmesh.policy.dispatch import (
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import tracer
-from starmesh.types import ClusterView, InstanceInfo, InstanceState, KvLayout, Role
+from starmesh.types import InstanceInfo, KvLayout
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +76,15 @@ class Demand:
 class Dispatcher:
     """Places requests. Times are the event loop's unless named otherwise."""
 
-    def __init__(self, ledger: Ledger, settings: RouterSettings) -> None:
+    def __init__(self, ledger: Ledger, watch: LedgerWatch, settings: RouterSettings) -> None:
         self.policy_name = settings.dispatch_policy
-        self.ledger_available = True
-        self.ready = asyncio.Event()
-        """Set from the first view with a prefill and a decode instance that take work."""
         self._ledger = ledger
+        self._watch = watch
+        self._local = watch.local
         self._settings = settings
         self._policy = POLICIES[settings.dispatch_policy]
         self._config = DispatchConfig(admission=AdmissionConfig(headroom_tokens=settings.reserve_output_tokens))
         self._memory = DispatchMemory()
-        self._local = LocalView()
         self._queue = AdmissionQueue(settings.queue_length)
         # Bounded by the requests in flight, of which none may be turned away any more.
         self._started_queue = AdmissionQueue(settings.max_requests)
@@ -96,42 +94,9 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
 
     @property
-    def view(self) -> ClusterView:
-        """What the ledger last said."""
-        return self._local.ledger_view
-
-    @property
     def queued_requests(self) -> int:
         """Requests that wait for a place."""
         return len(self._queue) + len(self._started_queue)
-
-    async def run(self, *, on_view: Callable[[set[str]], Awaitable[None]]) -> None:
-        """Look at the ledger again and again, until cancelled. ``on_view`` gets the instances that have been missing
-        from it for more than a moment."""
-        while True:
-            await self.refresh()
-            if self.ledger_available:
-                await on_view(self._local.missing(self._loop.time()))
-            self._wake()
-            await asyncio.sleep(self._settings.view_interval_s)
-
-    async def refresh(self) -> ClusterView:
-        """The ledger's view as of now; the last one when it does not answer."""
-        try:
-            view = await self._ledger.view()
-        except LedgerError as error:
-            if self.ledger_available:
-                log.warning("the ledger does not answer, going on by its last view: %s", error)
-            self.ledger_available = False
-            return self.view
-        if not self.ledger_available:
-            log.info("the ledger answers again")
-        self.ledger_available = True
-        self._local.update(view, self._loop.time())
-        ready = {view.info.role for view in view.instances if view.info.state is InstanceState.READY}
-        if {Role.PREFILL, Role.DECODE} <= ready:
-            self.ready.set()
-        return view
 
     async def place(self, demand: Demand) -> Placement:
         """Choose a prefill and a decode instance and reserve on the latter, in turn with those that wait already.
@@ -159,7 +124,7 @@ class Dispatcher:
     def prefilled(self, request_id: str, instance_id: str) -> None:
         """A prefill has ended, well or not: the request counts there no more."""
         self._local.remove(request_id, instance_id)
-        self._wake()
+        self.wake()
 
     async def release(self, request_id: str) -> None:
         """Drop what is reserved for a request."""
@@ -167,15 +132,21 @@ class Dispatcher:
         if instance_id is None:
             return
         self._local.remove(request_id, instance_id)
-        if self.ledger_available:
+        if self._watch.available:
             # What cannot be released now expires.
             with contextlib.suppress(LedgerError):
                 await self._ledger.release(request_id, instance_id)
-        self._wake()
+        self.wake()
 
     def suspect(self, instance_id: str) -> None:
         """An instance failed a request: it gets none until it has reported anew."""
         self._local.suspect(instance_id, self._loop.time())
+
+    def wake(self) -> None:
+        """Something has changed, the view or what is reserved: let the first of those that wait try."""
+        first = self._first()
+        if first is not None and first in self._turns:
+            self._turns[first].set()
 
     async def _wait(self, demand: Demand) -> Placement:
         """Wait in the queue; whoever is first tries at each new view and each release. After a wait an instance that
@@ -217,7 +188,7 @@ class Dispatcher:
         finally:
             queue.remove(demand.request_id)
             del self._turns[demand.request_id]
-            self._wake()
+            self.wake()
 
     async def _try(self, demand: Demand, *, layout: KvLayout | None = None) -> Placement | None:
         """Decide and reserve once; None when there is no place now. ``layout`` asks for a decode instance alone."""
@@ -236,7 +207,7 @@ class Dispatcher:
             if decision.prefill is not None:
                 self._local.add(demand.request_id, decision.prefill.instance_id, decision.prefill.reserve_tokens)
             try:
-                if self.ledger_available:
+                if self._watch.available:
                     await self._ledger.reserve(
                         demand.request_id,
                         decode_id,
@@ -254,7 +225,7 @@ class Dispatcher:
                 if decision.prefill is not None:
                     self._local.remove(demand.request_id, decision.prefill.instance_id)
                 raise
-            infos = {view.info.instance_id: view.info for view in self.view.instances}
+            infos = {view.info.instance_id: view.info for view in self._watch.view.instances}
             if decode_id in infos and (decision.prefill is None or decision.prefill.instance_id in infos):
                 prefill = infos[decision.prefill.instance_id if decision.prefill is not None else decode_id]
                 return Placement(prefill, infos[decode_id])
@@ -270,7 +241,7 @@ class Dispatcher:
 
     def _decide(self, demand: Demand, full: set[str], layout: KvLayout | None) -> Decision:
         now_s = self._loop.time()
-        suspected = self._local.suspected(now_s, ledger_available=self.ledger_available)
+        suspected = self._local.suspected(now_s, ledger_available=self._watch.available)
         unusable = suspected | full
         excluded = self._local.avoidable(demand.avoid, unusable) | unusable
         view = self._local.corrected()
@@ -310,9 +281,3 @@ class Dispatcher:
             for waiting in queue:
                 return waiting.request_id
         return None
-
-    def _wake(self) -> None:
-        """Something has changed: let the first try."""
-        first = self._first()
-        if first is not None and first in self._turns:
-            self._turns[first].set()

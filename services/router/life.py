@@ -22,13 +22,15 @@ from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Demand, Dispatcher, NotPlaced
 from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Outcome, Refused
+from services.router.ledger_watch import LedgerWatch
 from services.router.model import ServedModel
 from services.router.owners import Owners
 from services.router.prefill_calls import PrefillCalls
+from services.router.retries import NO_CAPACITY, Retries
 from services.router.validation import check_length
 from starmesh.policy.admission import Need
 from starmesh.rpc import convert
-from starmesh.rpc.status import StatusError, retry_later
+from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import current_traceparent, tracer
 from starmesh.types import InstanceInfo, SequenceSpec
@@ -36,12 +38,8 @@ from starmesh.v1 import decode_pb2, inference_pb2, prefill_pb2, sequence_pb2
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_FIRST_S = 0.05
-_BACKOFF_MAX_S = 1.0
-RETRY_DELAY_S = 1.0
 # The instance's own deadline is a net below ours: ours ends the request first, with the right status.
 _DECODE_SLACK_S = 2.0
-_NO_CAPACITY = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,7 @@ class Parts:
 
     settings: RouterSettings
     model: ServedModel
+    watch: LedgerWatch
     dispatcher: Dispatcher
     owners: Owners
     links: DecodeLinks
@@ -68,9 +67,9 @@ class Life:
         self._spec: SequenceSpec
         self._eos_token_ids: frozenset[int] = frozenset()
         self._avoid: set[str] = set()
-        self._failures = 0
-        self._waits = 0
-        self._refused_until_s = 0.0
+        settings = parts.settings
+        give_up_s = self._loop.time() + settings.queue_timeout_s
+        self._retries = Retries(max_failures=settings.max_recoveries, give_up_s=give_up_s)
 
     async def run(self, parent: Context | None) -> None:
         """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
@@ -99,7 +98,7 @@ class Life:
     async def _prepare(self) -> None:
         flight, model = self._flight, self._parts.model
         prompt = await model.tokenize(self._request)
-        facts = model.facts(self._parts.dispatcher.view)
+        facts = model.facts(self._parts.watch.view)
         sampling = check_length(self._request, len(prompt), facts, seed=self._seed)
         flight.prompt_tokens = len(prompt)
         flight.stream.max_output_tokens = sampling.max_output_tokens
@@ -113,7 +112,6 @@ class Life:
             sampling=sampling,
             priority=self._request.priority,
         )
-        self._refused_until_s = self._loop.time() + self._parts.settings.queue_timeout_s
 
     async def _generate(self) -> None:
         flight = self._flight
@@ -131,7 +129,7 @@ class Life:
                 log.warning("request %s lost %s", flight.request_id, error)
                 self._parts.dispatcher.suspect(error.instance_id)
                 flight.recoveries += 1
-                self._count_failure()
+                self._retries.after_failure()  # no wait: this instance is not asked again
             except NotPlaced:
                 raise
             except StatusError as error:
@@ -183,10 +181,10 @@ class Life:
                     self._avoid.add(instance.instance_id)
                     if status.code is grpc.StatusCode.FAILED_PRECONDITION:
                         self._avoid.add(ticket.instance_id)
-                    untouched = status.code in _NO_CAPACITY and len(flight.stream.token_ids) == tokens
+                    untouched = status.code in NO_CAPACITY and len(flight.stream.token_ids) == tokens
                     if not untouched:
                         raise status
-                    await self._back_off(status)
+                    await self._wait_for_room(status)
                     if self._loop.time() >= lease_ends_s:
                         raise status
                     try:
@@ -240,31 +238,19 @@ class Life:
         )
 
     async def _after_refusal(self, error: StatusError) -> None:
-        """Wait before the next turn, or raise what ends the request."""
-        if error.code in _NO_CAPACITY:
-            await self._back_off(error)
-            return
-        if error.code is grpc.StatusCode.ALREADY_EXISTS and not self._flight.stream.epoch:
+        """Wait before the next turn. Raises StatusError to end the request."""
+        flight = self._flight
+        if error.code is grpc.StatusCode.ALREADY_EXISTS and not flight.stream.epoch:
             raise error  # another router has a request of this id
-        log.warning("request %s was given up: %s", self._flight.request_id, error.code.name)
-        log.debug("request %s: %s", self._flight.request_id, error.message)
-        self._count_failure()
-        await asyncio.sleep(min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** (self._failures - 1)))
+        if error.code in NO_CAPACITY:
+            await self._wait_for_room(error)
+            return
+        log.warning("request %s was given up: %s", flight.request_id, error)
+        await asyncio.sleep(self._retries.after_failure())
 
-    async def _back_off(self, error: StatusError) -> None:
-        if not self._flight.stream.token_ids and self._loop.time() >= self._refused_until_s:
-            raise retry_later(error.code, "no instance has room; try again later", RETRY_DELAY_S)
-        await asyncio.sleep(min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2**self._waits))
-        self._waits = min(self._waits + 1, 8)
-
-    def _count_failure(self) -> None:
-        self._failures += 1
-        if self._failures > self._parts.settings.max_recoveries:
-            raise retry_later(
-                grpc.StatusCode.UNAVAILABLE,
-                f"gave up after {self._failures} failed tries on this cluster; try again later",
-                RETRY_DELAY_S,
-            )
+    async def _wait_for_room(self, error: StatusError) -> None:
+        started = bool(self._flight.stream.token_ids)
+        await asyncio.sleep(self._retries.after_refusal(error, self._loop.time(), started=started))
 
     def _describe(self, span: trace.Span) -> None:
         flight = self._flight

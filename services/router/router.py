@@ -14,7 +14,8 @@ import grpc
 from opentelemetry.context import Context
 
 from services.router.flight import Flight
-from services.router.life import RETRY_DELAY_S, Life, Parts
+from services.router.life import Life, Parts
+from services.router.retries import RETRY_DELAY_S
 from services.router.validation import check_request
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, retry_later
@@ -72,7 +73,7 @@ class Router:
         if self.stopping.is_set():
             raise retry_later(grpc.StatusCode.UNAVAILABLE, "this router is stopping; use another", RETRY_DELAY_S)
         settings, model = self._parts.settings, self._parts.model
-        check_request(request, model.facts(self._parts.dispatcher.view))
+        check_request(request, model.facts(self._parts.watch.view))
         request_id = request.request_id or secrets.token_hex(12)
         former = self._entries.get(request_id)
         if former is not None and not former.closed:

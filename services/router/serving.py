@@ -18,6 +18,7 @@ from services.router.cluster_servicer import ClusterServicer
 from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Dispatcher
+from services.router.ledger_watch import LedgerWatch
 from services.router.life import Parts
 from services.router.model import ServedModel
 from services.router.owners import Owners
@@ -41,17 +42,19 @@ class RouterProcess:
     """Use as an async context manager: serves inside, drains on the way out."""
 
     def __init__(self, settings: RouterSettings, ledger: Ledger, model: ServedModel) -> None:
-        self.dispatcher = Dispatcher(ledger, settings)
+        self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
+        self.dispatcher = Dispatcher(ledger, self.watch, settings)
         self.links = DecodeLinks()
         self.address = ""
         self._settings = settings
         self._ledger = ledger
         self._prefills = PrefillCalls()
-        self._owners = Owners(ledger, ttl_s=settings.owner_ttl_s, available=lambda: self.dispatcher.ledger_available)
+        self._owners = Owners(ledger, ttl_s=settings.owner_ttl_s, available=lambda: self.watch.available)
         self.router = Router(
             Parts(
                 settings=settings,
                 model=model,
+                watch=self.watch,
                 dispatcher=self.dispatcher,
                 owners=self._owners,
                 links=self.links,
@@ -62,13 +65,13 @@ class RouterProcess:
         inference = InferenceServicer(
             self.router,
             model,
-            facts=lambda: model.facts(self.dispatcher.view),
+            facts=lambda: model.facts(self.watch.view),
             max_stream_requests=settings.max_stream_requests,
         )
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
         self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference, service)
         service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
-        cluster = ClusterServicer(self.router, self.dispatcher)
+        cluster = ClusterServicer(self.router, self.watch, dispatch_policy=settings.dispatch_policy)
         self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
         self._membership: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,7 +91,7 @@ class RouterProcess:
         )
         await self._membership.start()
         self._tasks = [
-            asyncio.create_task(self.dispatcher.run(on_view=self._lose_missing), name="ledger views"),
+            asyncio.create_task(self.watch.run(self._on_view), name="ledger views"),
             asyncio.create_task(self._owners.keep(), name="ownership"),
             asyncio.create_task(self._serve_when_ready(), name="health"),
         ]
@@ -120,15 +123,16 @@ class RouterProcess:
         log.info("stopped")
 
     async def _serve_when_ready(self) -> None:
-        await self.dispatcher.ready.wait()
+        await self.watch.ready.wait()
         await self._server.set_serving(True)
         log.info("serving on %s", self.address)
 
-    async def _lose_missing(self, missing: set[str]) -> None:
-        """Give up what hangs on instances whose lease has ended."""
+    async def _on_view(self, missing: set[str]) -> None:
+        """Give up what hangs on instances whose lease has ended, and let those try that wait for room."""
         self.links.lose_silent(missing, silent_s=self._settings.lease_ttl_s)
         self._prefills.lose(missing)
-        await self._prefills.retain([view.info for view in self.dispatcher.view.instances])
+        await self._prefills.retain([view.info for view in self.watch.view.instances])
+        self.dispatcher.wake()
 
 
 async def _no_load() -> InstanceLoad:

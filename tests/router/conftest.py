@@ -90,7 +90,7 @@ class Mesh:
         self.process = await self._stack.enter_async_context(RouterProcess(config, self.ledger, letters_model()))
         if prefills and decodes:
             async with asyncio.timeout(TIMEOUT_S):
-                await self.process.dispatcher.ready.wait()
+                await self.process.watch.ready.wait()
         self.channel = await self._stack.enter_async_context(open_channel(self.process.address))
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self.channel)

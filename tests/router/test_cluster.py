@@ -82,7 +82,7 @@ async def test_what_cannot_be_drained(mesh: Mesh) -> None:
 
     assert await code_of("nobody") is grpc.StatusCode.NOT_FOUND
     assert await code_of("") is grpc.StatusCode.INVALID_ARGUMENT
-    router_id = mesh.process.dispatcher.view.instances[-1].info.instance_id
+    router_id = mesh.process.watch.view.instances[-1].info.instance_id
     assert router_id.startswith("router-")
     assert await code_of(router_id) is grpc.StatusCode.INVALID_ARGUMENT
     await mesh.decodes[0].server.stop(0)
@@ -100,6 +100,6 @@ async def test_health_is_serving_once_requests_can_be_taken(mesh: Mesh) -> None:
     assert await status() == health_pb2.HealthCheckResponse.NOT_SERVING
     await mesh.add_decode()
     async with asyncio.timeout(10):
-        await mesh.process.dispatcher.ready.wait()
+        await mesh.process.watch.ready.wait()
         while await status() != health_pb2.HealthCheckResponse.SERVING:
             await asyncio.sleep(0.01)

@@ -219,7 +219,7 @@ async def test_streams_and_new_requests_go_on_without_a_ledger(mesh: Mesh) -> No
     call = asyncio.create_task(collect(mesh.generate()))
     await until(lambda: any(decode.sequences for decode in mesh.decodes))
     mesh.ledger.down = True
-    await until(lambda: not mesh.process.dispatcher.ledger_available)
+    await until(lambda: not mesh.process.watch.available)
     for decode in mesh.decodes:
         decode.pause_after = None  # for new sequences; the old one waits
     calls = [collect(mesh.generate(f"new {number}")) for number in range(8)]
@@ -233,7 +233,7 @@ async def test_streams_and_new_requests_go_on_without_a_ledger(mesh: Mesh) -> No
     check_answer(messages, "hello", 20)
     assert messages[-1].usage.recoveries == 1
     mesh.ledger.down = False
-    await until(lambda: mesh.process.dispatcher.ledger_available)
+    await until(lambda: mesh.process.watch.available)
 
 
 async def test_a_ledger_that_restarts_empty_disturbs_nothing(mesh: Mesh) -> None:
@@ -298,7 +298,7 @@ async def test_a_full_cluster_queues_and_then_refuses(mesh: Mesh) -> None:
 
 def _full(mesh: Mesh) -> bool:
     """Whether the router has seen the decode instance report that nothing is free."""
-    reported = [item.load for item in mesh.process.dispatcher.view.of_role(Role.DECODE) if item.load is not None]
+    reported = [item.load for item in mesh.process.watch.view.of_role(Role.DECODE) if item.load is not None]
     return any(load.free_blocks == 0 for load in reported)
 
 
@@ -318,9 +318,7 @@ async def test_requests_in_flight_are_bounded(mesh: Mesh) -> None:
 async def test_a_draining_instance_gets_nothing_new(mesh: Mesh) -> None:
     await mesh.start(decodes=2)
     await mesh.decodes[0].drain()
-    await until(
-        lambda: any(item.info.state is InstanceState.DRAINING for item in mesh.process.dispatcher.view.instances)
-    )
+    await until(lambda: any(item.info.state is InstanceState.DRAINING for item in mesh.process.watch.view.instances))
     for _ in range(4):
         check_answer(await collect(mesh.generate()), "hello", 20)
     assert mesh.decodes[0].specs == []
