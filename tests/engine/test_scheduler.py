@@ -140,10 +140,10 @@ def test_blocks_that_only_others_can_free_stall_a_lone_sequence_without_losing_i
 
 
 def test_reserving_overtakes_nobody_and_keeps_a_place_in_the_batch() -> None:
-    target = scheduler(total_blocks=10, max_sequences=2, watermark=0.1)
+    target = scheduler(total_blocks=12, max_sequences=2, watermark=0.1)
     add(target, spec("a", 4))
     run(target)
-    assert target.reserve("too much", 1, 36) is None
+    assert target.reserve("too much", 1, 44) is None
     assert target.reserve("b", 1, 32) is not None
     assert target.reserve("c", 1, 1) is None
     add(target, spec("d", 1))
@@ -224,6 +224,17 @@ def test_a_prefix_is_computed_once_but_never_the_whole_prompt() -> None:
     assert [target.sequences[name].cached_tokens for name in ("a", "same", "longer", "shorter")] == [0, 8, 12, 8]
     first_blocks = {tuple(each.block_ids[:2]) for each in target.sequences.values()}
     assert len(first_blocks) == 1
+
+
+def test_what_was_generated_is_found_by_the_next_turn_of_a_conversation() -> None:
+    target = scheduler(total_blocks=20, prefix_caching=True)
+    add(target, spec("a", 6))
+    for _ in range(8):
+        run(target)
+    conversation = tuple(target.sequences["a"].token_ids)
+    target.remove("a")
+    add(target, replace(spec("b", 1), prompt_token_ids=(*conversation, 99)))
+    assert run(target) == {"b": 15 - 12}
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:

@@ -105,6 +105,7 @@ async def test_a_cancel_is_carried_out_after_the_step_in_progress_and_ends_the_o
         await thread.call(lambda core: core.add(spec(prompt=(1, 2))))
         await executor.in_step()
         cancel = asyncio.create_task(thread.call(lambda core: core.cancel("a")))
+        await asyncio.sleep(0)  # now it is in the queue
         executor.gate.release()
         assert await asyncio.wait_for(cancel, PATIENCE_S)
         assert len(tokens_of(collector.outputs)) == 1  # delivered before the call returned
@@ -120,7 +121,7 @@ async def test_a_call_cancelled_before_its_turn_never_runs() -> None:
         await executor.in_step()
         first = asyncio.create_task(thread.call(lambda core: ran.append("first")))
         second = asyncio.create_task(thread.call(lambda core: ran.append("second")))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # now both are in the queue
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
