@@ -262,6 +262,9 @@ class _Group:
         self._tables = tables  # [items, blocks]
         self._positions = positions  # [items, queries]
         self._keys = torch.arange(tables.shape[1] * block_tokens, device=rows.device)
+        # What a former owner left behind a sequence's last token may be NaN, which no mask and no zero weight undoes.
+        unwritten = self._keys > positions[:, -1:]
+        self._unwritten = unwritten.view(tables.shape[0], tables.shape[1], 1, 1, block_tokens, 1)
         self._masks: dict[int, torch.Tensor] = {}  # by window: the same for all layers of a kind
 
     @staticmethod
@@ -270,7 +273,7 @@ class _Group:
         queries = int(batch.query_starts[items[0] + 1] - starts[0])
         positions = batch.positions[items][:, None] + np.arange(queries)
         blocks = int(positions.max()) // block_tokens + 1
-        # Padding repeats a table's last block: masked by position, and finite since it holds the sequence's own KV.
+        # Padding repeats a table's last block; positions mask it.
         columns = np.minimum(np.arange(blocks), positions[:, -1:] // block_tokens)
         tables = batch.tables[batch.table_starts[items][:, None] + columns]
         arrays = (starts[:, None] + np.arange(queries), tables, positions)
@@ -290,6 +293,7 @@ class _Group:
         """Fill this group's rows of ``output`` [tokens, heads, head_dim] from ``pool`` [blocks, 2, ...] of a layer."""
         queries = query[:, self._rows].transpose(0, 1)  # [items, heads, queries, head_dim]
         gathered = pool[self._tables]  # [items, blocks, 2, kv_heads, block_tokens, head_dim]
+        gathered.masked_fill_(self._unwritten, 0.0)
         keys, values = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [items, kv_heads, tokens, head_dim] each
         mask = self._mask(window)
         if softcap == 0.0:
