@@ -14,8 +14,7 @@ Nothing is tried twice: a caller with a deadline knows better whether to. Owns n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Iterable
 from importlib.resources import files
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -67,7 +66,6 @@ MAX_CONNECTIONS = 16
 RENEW_BATCH = 512
 
 _SCRIPTS = ("register", "report", "set_state", "deregister", "view", "reserve", "claim", "renew", "disown")
-# asyncio's own TimeoutError is an OSError.
 _UNAVAILABLE = (
     OSError,
     exceptions.ConnectionError,
@@ -86,6 +84,7 @@ class RedisLedger:
         self._client = client
         self._address = address
         self._timeout_s = timeout_s
+        self._running: set[asyncio.Future[Any]] = set()
         self._prefix = f"{{starmesh:{cluster}}}:"
         self._index = self._prefix + "instances"
         folder = files("starmesh.ledger") / "scripts"
@@ -182,8 +181,7 @@ class RedisLedger:
 
     async def release(self, request_id: str, instance_id: str) -> None:
         check_ids(request_id, instance_id)
-        async with self._answers():
-            await self._client.hdel(self._reservations(instance_id), request_id)
+        await self._call(self._client.hdel(self._reservations(instance_id), request_id))
 
     async def claim(
         self, request_id: str, instance_id: str, *, expected: Ownership | None, epoch: int, ttl_s: float
@@ -204,8 +202,7 @@ class RedisLedger:
 
     async def owner(self, request_id: str) -> Ownership | None:
         check_ids(request_id)
-        async with self._answers():
-            found: Any = await self._client.get(self._owner(request_id))
+        found = await self._call(self._client.get(self._owner(request_id)))
         return None if found is None else decode_ownership(found)
 
     async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
@@ -226,6 +223,10 @@ class RedisLedger:
         await self._run("disown", [self._owner(request_id)], [epoch])
 
     async def close(self) -> None:
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._timeout_s)
         await self._client.aclose()
 
     def _instance(self, instance_id: str) -> str:
@@ -239,25 +240,39 @@ class RedisLedger:
 
     async def _run(self, script: str, keys: list[str], arguments: Iterable[str | int]) -> Any:
         """Run a script by its digest; the server is sent the text when it does not have it."""
-        async with self._answers():
-            return await self._scripts[script](keys=keys, args=list(arguments))
+        return await self._call(self._scripts[script](keys=keys, args=list(arguments)))
 
-    @asynccontextmanager
-    async def _answers(self) -> AsyncIterator[None]:
-        """Bound an operation in time and name its failure in the ledger's terms, without the url."""
+    async def _call(self, operation: Awaitable[Any]) -> Any:
+        """Bound an operation in time and name its failure in the ledger's terms, without the url.
+
+        The operation has a task of its own, which outlives a caller that is cancelled. Cancelled inside redis-py, a
+        call may swallow the cancellation (through asyncio.wait_for, before Python 3.12) or turn it into a lost
+        connection; a caller's ``cancel`` or ``asyncio.timeout`` must not depend on that.
+        """
+        task = asyncio.ensure_future(operation)
+        self._running.add(task)
+        deadline = asyncio.get_running_loop().call_later(self._timeout_s, task.cancel)
+
+        def ended(task: asyncio.Future[Any]) -> None:
+            deadline.cancel()
+            self._running.discard(task)
+            if not task.cancelled():
+                # Seen, also when the caller has gone.
+                task.exception()
+
+        task.add_done_callback(ended)
+        await asyncio.wait({task}, timeout=self._timeout_s)
+        if not task.done() or task.cancelled():
+            raise LedgerUnavailable(f"the ledger at {self._address} did not answer within {self._timeout_s} s")
         try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
+            return task.result()
         except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
             raise LedgerUnavailable(f"the ledger at {self._address} refuses the credentials of its url") from error
         except _UNAVAILABLE as error:
-            why = str(error) or f"no answer within {self._timeout_s} s"
-            raise LedgerUnavailable(f"the ledger at {self._address} is not available: {why}") from error
-        except exceptions.ResponseError as error:
+            raise LedgerUnavailable(f"the ledger at {self._address} is not available: {error}") from error
+        except exceptions.RedisError as error:
             if str(error).startswith(("INVALID", "WRONGTYPE")):
                 raise InvalidDocument(f"the ledger at {self._address} holds a foreign document: {error}") from error
-            raise LedgerError(f"the ledger at {self._address} failed: {error}") from error
-        except exceptions.RedisError as error:
             raise LedgerError(f"the ledger at {self._address} failed: {error}") from error
 
 

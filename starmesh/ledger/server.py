@@ -17,12 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from urllib.parse import quote, unquote, urlsplit
 
 from starmesh.ledger import LedgerError
 
@@ -110,10 +105,9 @@ class EmbeddedServer:
         await self.stop()
 
     async def _wait_until_ready(self, timeout_s: float) -> None:
-        client = Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), protocol=2)
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self._answers(client):
+                while not await _answers(self.url):
                     if not self.running:
                         raise LedgerError(f"the embedded ledger server ended at once: {self._last_words()}")
                     await asyncio.sleep(0.005)
@@ -121,14 +115,6 @@ class EmbeddedServer:
             raise LedgerError(
                 f"the embedded ledger server did not answer within {timeout_s} s: {self._last_words()}"
             ) from None
-        finally:
-            await client.aclose()
-
-    async def _answers(self, client: Redis) -> bool:
-        try:
-            return bool(await client.ping())
-        except (RedisError, OSError):
-            return False
 
     def _last_words(self) -> str:
         """The last line of the server's log."""
@@ -154,6 +140,25 @@ def find_server() -> Path:
             "no ledger server for this platform: install valkey-server or redis-server (7.0 or newer), "
             "or name a running one by its url"
         ) from error
+
+
+async def _answers(url: str) -> bool:
+    """Whether a server speaks there; that it asks for the password is an answer too."""
+    parts = urlsplit(url)
+    try:
+        if parts.scheme == "unix":
+            reader, writer = await asyncio.open_unix_connection(unquote(parts.path))
+        else:
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"PING\r\n")
+        return (await reader.readline()).startswith((b"+PONG", b"-NOAUTH"))
+    except OSError:
+        return False
+    finally:
+        writer.close()
 
 
 def _private_directory() -> Path:

@@ -191,6 +191,23 @@ async def test_cancelled_calls_do_not_cross_answers(redis_ledger: RedisLedger) -
         assert await redis_ledger.owner("r7") == Ownership("d7", 1)
 
 
+async def test_a_cancelled_caller_is_cancelled_every_time(redis_ledger: RedisLedger) -> None:
+    async def ask_forever() -> None:
+        while True:
+            await redis_ledger.owner("r")
+
+    for turn in range(200):
+        asking = asyncio.create_task(ask_forever())
+        # Another point of the call each time.
+        for _ in range(turn % 23):
+            await asyncio.sleep(0)
+        await asyncio.sleep(turn % 7 * 1e-4)
+        asking.cancel()
+        done, _ = await asyncio.wait({asking}, timeout=5)
+        assert done and asking.cancelled(), f"turn {turn}"
+    assert await redis_ledger.owner("r") is None
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
