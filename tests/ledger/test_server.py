@@ -68,8 +68,15 @@ async def test_tcp_is_behind_a_password_that_no_process_list_shows() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the server on Linux only")
-async def test_dies_with_its_parent() -> None:
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=asyncio.subprocess.PIPE)
+async def test_dies_with_its_parent(tmp_path: Path) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        PARENT,
+        stdout=asyncio.subprocess.PIPE,
+        # A parent that is killed cannot remove the directory.
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert parent.stdout is not None
     async with asyncio.timeout(60):
         pid = int(await parent.stdout.readline())
