@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 from starmesh.engine.engine import SequenceOutput
-from starmesh.engine.scheduler import DuplicateRequest
+from starmesh.engine.scheduler import DuplicateRequest, SchedulingError
 from starmesh.instance.instance import Instance
 from starmesh.types import FinishReason, InstanceState, KvTicket, SequenceSpec
 
@@ -43,12 +43,12 @@ class PrefillWorker:
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
-        self._waiting: dict[str, asyncio.Future[SequenceOutput]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[SequenceOutput]] = {}
 
     def deliver(self, outputs: list[SequenceOutput]) -> None:
         """Take what a step made."""
         for output in outputs:
-            waiting = self._waiting.get(output.request_id)
+            waiting = self._waiting.get((output.request_id, output.epoch))
             if waiting is not None and not waiting.done():
                 waiting.set_result(output)
 
@@ -63,31 +63,39 @@ class PrefillWorker:
         ours = instance.layout.model_revision
         if model_revision and model_revision != ours:
             raise WrongModel(f"this instance serves model revision {ours}, not {model_revision}")
-        if spec.request_id in self._waiting:
-            raise DuplicateRequest(spec.request_id)
-        # A recovered request may come back before the lease of its former epoch has ended.
-        instance.revoke_leases(spec.request_id)
+        # A recovered request may come back before its former epoch has ended here. The engine drops that one's blocks
+        # when it takes the new one; its lease and whoever waits for it must go too.
+        instance.revoke_lease(spec.request_id, spec.epoch - 1)
+        self._give_up(PrefillFailed("superseded by a newer epoch"), spec.request_id, spec.epoch - 1)
         done: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
-        self._waiting[spec.request_id] = done
+        key = (spec.request_id, spec.epoch)
+        if key in self._waiting:
+            raise DuplicateRequest(f"{spec.request_id} is in progress here")
+        self._waiting[key] = done
         try:
             await instance.engine.call(lambda core: core.add(spec, hold=True))
             output = await done
             if output.error is not None:
                 raise PrefillFailed(output.error)
             return await self._prefilled(spec, output)
+        except SchedulingError:
+            raise  # nothing was taken in; what is here under this id is not ours to drop
         except BaseException:
             # Shielded: a cancelled call must not leave its blocks behind.
-            await asyncio.shield(self._drop(spec.request_id))
+            await asyncio.shield(self._drop(spec))
             raise
         finally:
-            del self._waiting[spec.request_id]
+            del self._waiting[key]
+
+    async def close(self) -> None:
+        """Give up what is in progress: the router prefills it elsewhere."""
+        self._give_up(PrefillFailed("the instance is stopping"))
 
     async def _prefilled(self, spec: SequenceSpec, output: SequenceOutput) -> Prefilled:
-        instance = self._instance
         ticket = None
         if output.finish_reason is None:
-            block_ids, resident_tokens = await instance.engine.call(lambda core: core.held(spec.request_id))
-            ticket = instance.lease(spec.request_id, block_ids, resident_tokens)
+            block_ids, resident_tokens = await self._instance.engine.call(lambda core: core.held(spec.request_id))
+            ticket = self._instance.lease(spec, block_ids, resident_tokens)
         return Prefilled(
             token_id=output.token_ids[0],
             finish_reason=output.finish_reason,
@@ -96,12 +104,13 @@ class PrefillWorker:
             queue_duration_s=output.queue_duration_s,
         )
 
-    async def _drop(self, request_id: str) -> None:
-        self._instance.revoke_leases(request_id)
-        await self._instance.engine.call(lambda core: core.cancel(request_id))
+    async def _drop(self, spec: SequenceSpec) -> None:
+        self._instance.revoke_lease(spec.request_id, spec.epoch)
+        await self._instance.engine.call(lambda core: core.cancel(spec.request_id, spec.epoch))
 
-    async def close(self) -> None:
-        """Give up what is in progress: the router prefills it elsewhere."""
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(PrefillFailed("the instance is stopping"))
+    def _give_up(self, error: PrefillFailed, request_id: str | None = None, epoch: int = 0) -> None:
+        """Fail who waits: all, or those of ``request_id`` up to ``epoch``."""
+        for (waiting_id, waiting_epoch), waiting in self._waiting.items():
+            concerned = request_id is None or (waiting_id == request_id and waiting_epoch <= epoch)
+            if concerned and not waiting.done():
+                waiting.set_exception(error)

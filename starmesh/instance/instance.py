@@ -23,7 +23,7 @@ from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.server import RpcServer
 from starmesh.transfer import PullResult
 from starmesh.transfer.ends import KvTransfer, open_transfer
-from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, KvTicket, Role, TransferBackend
+from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, KvTicket, Role, SequenceSpec, TransferBackend
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Instance:
         self._deliver: Callable[[list[SequenceOutput]], None] | None = None
         self._settings = settings
         self._transfer: KvTransfer | None = None
+        self._leased_epochs: dict[str, int] = {}
         self._channels = ChannelPool()
         self._pulled_bytes = 0
         self._pulled_with: TransferBackend | None = None
@@ -88,10 +89,12 @@ class Instance:
             self._nothing_left.set()
         return dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
 
-    def lease(self, request_id: str, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
-        """Lease a held sequence's blocks to whoever pulls them. Raises LeaseTableFull."""
+    def lease(self, spec: SequenceSpec, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
+        """Lease a held sequence's blocks to whoever pulls them; they are freed when the lease ends. Raises
+        LeaseTableFull."""
         duration_s = self._settings.kv_lease_s
-        lease_id = self.transfer.grant(block_ids, request_id, duration_s=duration_s)
+        lease_id = self.transfer.grant(block_ids, spec.request_id, duration_s=duration_s)
+        self._leased_epochs[spec.request_id] = spec.epoch
         return KvTicket(
             lease_id=lease_id,
             instance_id=self.instance_id,
@@ -102,9 +105,12 @@ class Instance:
             lease_duration_s=duration_s,
         )
 
-    def revoke_leases(self, request_id: str) -> None:
-        """End the leases of a request; its blocks are the caller's to free."""
-        self.transfer.revoke(request_id)
+    def revoke_lease(self, request_id: str, epoch: int) -> None:
+        """End the lease of a request if it is of ``epoch`` or older. Its blocks are the caller's to free."""
+        leased = self._leased_epochs.get(request_id)
+        if leased is not None and leased <= epoch:
+            del self._leased_epochs[request_id]
+            self.transfer.revoke(request_id)
 
     async def pull(self, ticket: KvTicket, local_block_ids: Sequence[int]) -> PullResult:
         """Pull a ticket's blocks and end its lease. Raises TransferError; then what was pulled is not to be used."""
@@ -153,7 +159,7 @@ class Instance:
             instance_id=self.instance_id,
             incarnation=self.membership.info.incarnation,
             backends=settings.transfer_backends,
-            on_end=lambda request_id: self.background(self._free(request_id)),
+            on_end=self._on_lease_end,
             channel_for=self._channels.get,
         )
         service = transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name
@@ -208,8 +214,13 @@ class Instance:
         self._drained.set()
         log.info("drained: safe to stop")
 
-    async def _free(self, request_id: str) -> None:
-        await self.engine.call(lambda core: core.release(request_id))
+    def _on_lease_end(self, request_id: str) -> None:
+        # With the epoch: by the time that the engine frees, a newer one may hold blocks under the same id.
+        epoch = self._leased_epochs.pop(request_id)
+        self.background(self._free(request_id, epoch))
+
+    async def _free(self, request_id: str, epoch: int) -> None:
+        await self.engine.call(lambda core: core.release(request_id, epoch))
         self.membership.report_soon()
 
     def _finished(self, task: asyncio.Task[Any]) -> None:

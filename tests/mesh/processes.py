@@ -17,7 +17,8 @@ from starmesh.ledger.server import EmbeddedServer
 from starmesh.rpc.channels import open_channel
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 
-START_TIMEOUT_S = 120.0
+# Importing torch and transformers takes some ten seconds of CPU time, and several instances start at once.
+START_TIMEOUT_S = 300.0
 
 
 @dataclass
