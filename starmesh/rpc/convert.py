@@ -175,7 +175,11 @@ def load_pb(load: InstanceLoad) -> cluster_pb2.InstanceLoad:
         output_tokens=load.output_tokens,
         preemptions=load.preemptions,
         transfer_bytes=load.transfer_bytes,
-        transfer_backend=_BACKENDS[load.transfer_backend] if load.transfer_backend else None,
+        transfer_backend=(
+            _BACKENDS[load.transfer_backend]
+            if load.transfer_backend is not None
+            else sequence_pb2.TRANSFER_BACKEND_UNSPECIFIED
+        ),
         sequences=[_sequence_load_pb(sequence) for sequence in load.sequences],
     )
 

@@ -8,8 +8,8 @@ import pytest
 
 from starmesh.clock import VirtualClock
 from starmesh.ledger import LedgerUnavailable
-from starmesh.ledger.memory import MemoryLedger
 from starmesh.ledger.membership import Membership
+from starmesh.ledger.memory import MemoryLedger
 from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
 
 pytestmark = pytest.mark.fast
