@@ -5,6 +5,7 @@ Owns the mapping both ways. Owns no policy on what is an error.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -195,7 +196,12 @@ def _guard_stream(method: str, behaviour: Any, streams_in: bool) -> Any:
         try:
             if isinstance(request, Malformed):
                 raise request
-            async for response in behaviour(_checked(request) if streams_in else request, context):
+            answered = behaviour(_checked(request) if streams_in else request, context)
+            if inspect.isawaitable(answered):
+                # Writes to the context instead of yielding, as grpc's own health service does in Watch.
+                await answered
+                return
+            async for response in answered:
                 yield response
         except grpc.aio.AbortError:
             raise
