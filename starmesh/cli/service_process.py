@@ -18,7 +18,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from starmesh.rpc.channels import open_channel
 
-_HEALTH_TIMEOUT_S = 2.0
 _POLL_S = 0.1
 _TAIL_BYTES = 16 * 1024
 
@@ -97,22 +96,10 @@ class ServiceProcess:
             )
         self.started_at_s = time.monotonic()
 
-    async def serving(self) -> bool:
-        """Whether it answers its health check with SERVING."""
-        if not (address := self.address):
-            return False
-        try:
-            async with open_channel(address) as channel:
-                check = health_pb2_grpc.HealthStub(channel).Check
-                response = await check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
-
     async def wait_until_serving(self) -> bool:
-        """Wait for ``serving``; False when the process has ended instead."""
+        """Wait until it says that it is SERVING; False when the process has ended instead."""
         while self.running:
-            if await self.serving():
+            if (address := self.address) and await _says_serving(address):
                 return True
             await asyncio.sleep(_POLL_S)
         return False
@@ -141,3 +128,18 @@ class ServiceProcess:
         except FileNotFoundError:
             return ""
         return "\n".join(text.splitlines()[-lines:])
+
+
+async def _says_serving(address: str) -> bool:
+    """Follow the health of the service until it is SERVING; False when it breaks off before."""
+    async with open_channel(address) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        try:
+            async for response in call:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return True
+        except grpc.aio.AioRpcError:
+            pass  # it died, or does not listen yet
+        finally:
+            call.cancel()
+    return False

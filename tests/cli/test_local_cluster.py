@@ -1,4 +1,4 @@
-"""The command line against a real cluster that it started itself, as a person would use it: by processes and signals."""
+"""The command line against a real cluster that it started itself, used as a person would: by processes and signals."""
 
 from __future__ import annotations
 
