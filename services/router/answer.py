@@ -88,4 +88,5 @@ class Answer:
         self._decoded = len(token_ids)
         self._text = self._text + text if self._text else text
         if self._detokenizer.stopped:
-            self.stream.end(FinishReason.STOP)
+            # Whatever else ended it: the text ends here.
+            self.stream.finish_reason = FinishReason.STOP

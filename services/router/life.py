@@ -38,8 +38,8 @@ from starmesh.v1 import decode_pb2, inference_pb2, prefill_pb2, sequence_pb2
 
 log = logging.getLogger(__name__)
 
-# The instance's own deadline is a net below ours: ours ends the request first, with the right status.
-_DECODE_SLACK_S = 2.0
+# An instance's deadline is a net below ours: ours ends the request first, with the right status.
+_INSTANCE_SLACK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +117,7 @@ class Life:
         flight = self._flight
         while not flight.find_finish(self._eos_token_ids):
             try:
-                if flight.recoveries:
-                    with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
-                        recovery.set_attribute(names.RECOVERIES, flight.recoveries)
-                        prefilled = await self._prefill()
-                else:
-                    prefilled = await self._prefill()
-                if not flight.ended:
-                    await self._decode(*prefilled)
+                await self._turn()
             except InstanceLost as error:
                 log.warning("request %s lost %s", flight.request_id, error)
                 self._parts.dispatcher.suspect(error.instance_id)
@@ -135,23 +128,39 @@ class Life:
             except StatusError as error:
                 await self._after_refusal(error)
 
+    async def _turn(self) -> None:
+        """Prefill and decode once."""
+        flight = self._flight
+        if flight.recoveries:
+            with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
+                recovery.set_attribute(names.RECOVERIES, flight.recoveries)
+                instance, ticket = await self._prefill()
+        else:
+            instance, ticket = await self._prefill()
+        tokens = len(flight.stream.token_ids)
+        try:
+            if not flight.ended:
+                await self._decode(instance, ticket)
+        finally:
+            # Nobody has decoded from these blocks: they need not wait for the end of their lease.
+            if ticket.lease_id and len(flight.stream.token_ids) == tokens:
+                self._parts.prefills.release(ticket)
+
     async def _prefill(self) -> tuple[InstanceInfo, sequence_pb2.KvTicket]:
         """Dispatch and prefill. Returns the decode instance and the leased blocks; the first token is accepted."""
         flight, parts = self._flight, self._parts
         stream = flight.stream
         output = tuple(stream.token_ids)
         placement = await parts.dispatcher.place(self._demand(flight.deadline_s))
-        epoch = await parts.owners.claim(flight.request_id, placement.decode.instance_id)
-        flight.begin(epoch)
-        self._spec = dataclasses.replace(self._spec, epoch=epoch, output_token_ids=output)
-        layout = placement.prefill.layout
-        request = prefill_pb2.PrefillRequest(
-            sequence=convert.spec_pb(self._spec), model_revision=layout.model_revision if layout else ""
-        )
         try:
-            response = await parts.prefills.prefill(
-                placement.prefill, request, timeout_s=max(0.001, flight.deadline_s - self._loop.time())
+            epoch = await parts.owners.claim(flight.request_id, placement.decode.instance_id)
+            flight.begin(epoch)
+            self._spec = dataclasses.replace(self._spec, epoch=epoch, output_token_ids=output)
+            layout = placement.prefill.layout
+            request = prefill_pb2.PrefillRequest(
+                sequence=convert.spec_pb(self._spec), model_revision=layout.model_revision if layout else ""
             )
+            response = await parts.prefills.prefill(placement.prefill, request, timeout_s=self._instance_timeout_s())
         except StatusError:
             self._avoid.add(placement.prefill.instance_id)
             raise
@@ -204,7 +213,7 @@ class Life:
         start = decode_pb2.StartSequence(
             sequence=convert.spec_pb(spec),
             ticket=ticket,
-            timeout=convert.duration_pb(max(0.0, flight.deadline_s - self._loop.time()) + _DECODE_SLACK_S),
+            timeout=convert.duration_pb(self._instance_timeout_s()),
             traceparent=current_traceparent(),
         )
         outcome: Outcome | None = None
@@ -221,6 +230,9 @@ class Life:
             # Cut short from this side, the instance still works on it.
             if outcome is None or outcome == Ended(by_instance=False) or isinstance(outcome, Broken):
                 link.cancel(request_id, flight.stream.epoch)
+
+    def _instance_timeout_s(self) -> float:
+        return max(0.0, self._flight.deadline_s - self._loop.time()) + _INSTANCE_SLACK_S
 
     def _demand(self, deadline_s: float) -> Demand:
         spec, stream = self._spec, self._flight.stream

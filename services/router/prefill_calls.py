@@ -17,8 +17,11 @@ import grpc.aio
 from services.router.flight import InstanceLost
 from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.status import from_rpc_error
+from starmesh.telemetry.setup import current_traceparent
 from starmesh.types import InstanceInfo
-from starmesh.v1 import prefill_pb2, prefill_pb2_grpc
+from starmesh.v1 import prefill_pb2, prefill_pb2_grpc, sequence_pb2, transfer_pb2, transfer_pb2_grpc
+
+_RELEASE_TIMEOUT_S = 2.0
 
 # What an instance that lives says of a request. Anything else says that it died, is dying, or cannot be reached.
 _REFUSALS = {
@@ -35,8 +38,11 @@ class PrefillCalls:
     """Prefills at any instance."""
 
     def __init__(self) -> None:
-        self._channels = ChannelPool(traced=True)
+        # Not traced: OpenTelemetry's client interceptor waits for the status apart from the call, so that cancelling
+        # what waits for the response would leave the prefill running. The trace travels as metadata.
+        self._channels = ChannelPool()
         self._calls: dict[str, set[Any]] = defaultdict(set)
+        self._releases: set[asyncio.Task[None]] = set()
 
     async def prefill(
         self, instance: InstanceInfo, request: prefill_pb2.PrefillRequest, *, timeout_s: float
@@ -44,7 +50,9 @@ class PrefillCalls:
         """Run a prefill. Raises StatusError when the instance refuses and InstanceLost when it is gone; cancelling
         cancels it there too."""
         stub = prefill_pb2_grpc.PrefillServiceStub(self._channels.get(instance.address))
-        call = stub.Prefill(request, timeout=timeout_s)
+        traceparent = current_traceparent()
+        metadata = (("traceparent", traceparent),) if traceparent else None
+        call = stub.Prefill(request, timeout=timeout_s, metadata=metadata)
         calls = self._calls[instance.instance_id]
         calls.add(call)
         try:
@@ -64,6 +72,18 @@ class PrefillCalls:
         finally:
             calls.discard(call)
 
+    def release(self, ticket: sequence_pb2.KvTicket) -> None:
+        """End a lease that nobody will use, in the background; one that cannot be ended now expires."""
+        task = asyncio.create_task(self._release(ticket))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _release(self, ticket: sequence_pb2.KvTicket) -> None:
+        stub = transfer_pb2_grpc.TransferServiceStub(self._channels.get(ticket.address))
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError):
+            request = transfer_pb2.ReleaseLeaseRequest(lease_id=ticket.lease_id)
+            await stub.ReleaseLease(request, timeout=_RELEASE_TIMEOUT_S)
+
     @property
     def instance_ids(self) -> set[str]:
         """The instances with calls in progress."""
@@ -77,10 +97,11 @@ class PrefillCalls:
 
     async def retain(self, instances: list[InstanceInfo]) -> None:
         """Close the channels to all others that have no call in progress."""
-        if not self.instance_ids - {instance.instance_id for instance in instances}:
+        busy = self.instance_ids - {instance.instance_id for instance in instances}
+        if not busy and not self._releases:
             await self._channels.retain({instance.address for instance in instances})
 
     async def close(self) -> None:
-        """Close all channels."""
-        with contextlib.suppress(grpc.aio.UsageError):
-            await self._channels.close()
+        """Wait for what runs in the background, and close all channels."""
+        await asyncio.gather(*self._releases)
+        await self._channels.close()

@@ -70,9 +70,9 @@ async def _unavailable(*args: Any, **kwargs: Any) -> Any:
 class Mesh:
     """The router under test and its surroundings."""
 
-    def __init__(self, stack: AsyncExitStack) -> None:
+    def __init__(self, stack: AsyncExitStack, ledger: Any) -> None:
         self._stack = stack
-        self.ledger = SwitchableLedger()
+        self.ledger = ledger
         self.prefills: list[PrefillPeer] = []
         self.decodes: list[DecodePeer] = []
         self.process: RouterProcess
@@ -124,7 +124,7 @@ class Mesh:
 @pytest.fixture
 async def mesh() -> AsyncIterator[Mesh]:
     async with AsyncExitStack() as stack:
-        yield Mesh(stack)
+        yield Mesh(stack, SwitchableLedger())
 
 
 def generate_request(text: str = "hello", *, tokens: int = 20, **fields: Any) -> inference_pb2.GenerateRequest:

@@ -38,6 +38,8 @@ from starmesh.v1 import (
     prefill_pb2,
     prefill_pb2_grpc,
     sequence_pb2,
+    transfer_pb2,
+    transfer_pb2_grpc,
 )
 
 LAYOUT = KvLayout(model_revision="rev", dtype="float32", layers=1, kv_heads=1, head_dim=4, block_tokens=16)
@@ -146,6 +148,26 @@ class _Drainable(cluster_pb2_grpc.InstanceServiceServicer):
         return cluster_pb2.GetInstanceResponse()
 
 
+class _Leases(transfer_pb2_grpc.TransferServiceServicer):
+    """What the router uses of transfer: the end of a lease."""
+
+    def __init__(self, peer: PrefillPeer) -> None:
+        self._peer = peer
+
+    async def ReleaseLease(self, request: Any, context: Any) -> transfer_pb2.ReleaseLeaseResponse:  # noqa: N802
+        self._peer.released.append(request.lease_id)
+        return transfer_pb2.ReleaseLeaseResponse()
+
+    async def Negotiate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    def PullBlocks(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    async def RenewLease(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+
 class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
     """A prefill instance."""
 
@@ -156,6 +178,9 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
         self.gate.set()
         self.cancelled: list[str] = []
         self.lease_s = 30.0
+        self.released: list[str] = []
+        service = transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name
+        self.server.add(transfer_pb2_grpc.add_TransferServiceServicer_to_server, _Leases(self), service)
 
     def _register_service(self) -> None:
         service = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
@@ -178,7 +203,7 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
         token_id = next_token(tokens)
         finish = _finish(spec, [*spec.output_token_ids, token_id])
         ticket = KvTicket(
-            lease_id="lease",
+            lease_id=f"{spec.request_id}/{spec.epoch}",
             instance_id=self.instance_id,
             address=self.info.address,
             layout=LAYOUT,

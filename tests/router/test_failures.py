@@ -38,6 +38,19 @@ async def test_a_decode_refusal_takes_the_ticket_elsewhere(mesh: Mesh, refusal: 
     await mesh.nothing_left()
 
 
+async def test_blocks_that_nobody_pulled_are_given_back(mesh: Mesh) -> None:
+    await mesh.start()
+    mesh.decodes[0].script += [FULL] * 100
+    call = mesh.generate(request_id="r")
+    await until(lambda: mesh.decodes[0].specs)
+    call.cancel()
+    await until(lambda: mesh.prefills[0].released == ["r/1"])
+    mesh.decodes[0].script.clear()
+    check_answer(await collect(mesh.generate()), "hello", 20)
+    await mesh.nothing_left()
+    assert mesh.prefills[0].released == ["r/1"]
+
+
 async def test_a_ticket_that_ran_out_is_prefilled_again(mesh: Mesh) -> None:
     await mesh.start()
     mesh.prefills[0].lease_s = 0.01
