@@ -1,4 +1,5 @@
-// Hot loops of the engine on a CPU: attention over the paged KV pool, linear layers and RMS norm.
+// Hot loops of the engine on a CPU: attention over the paged KV pool, linear layers, gated MLPs, RMS norm and rotary
+// positions.
 //
 // Plain C ABI, no torch headers: native.py compiles this file in a second or two and binds it through ctypes.
 // Written with the vector extensions that GCC (12 and later) and Clang share, so that one source serves AVX-512,
@@ -194,6 +195,52 @@ extern "C" void starmesh_linear(const float* x, const float* weight, const float
             for (int64_t m = 0; m < rows; m++)
                 for (int64_t n = first; n < last; n++) out[m * columns + n] += bias[n];
     }
+}
+
+// ---------------------------------------------------------------- gated MLP
+
+// 1 / (1 + exp(-x)), without overflow on either side.
+static inline Vec sigmoid(Vec x) {
+    const auto negative = x < Vec{};
+    const Vec tail = exp_negative(negative ? x : -x);
+    return (negative ? tail : splat(1.0f)) / (tail + 1.0f);
+}
+
+// 0.5 x (1 + tanh(u)) = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel, GELU, 2016.
+static inline Vec gelu_tanh(Vec x) { return x * sigmoid((x + x * x * x * 0.044715f) * 1.5957691216057308f); }
+
+// out = (activation(x gate^T) * (x up^T)) down^T, without biases. activation 0: SiLU, 1: tanh-approximated GELU.
+// scratch: 2 * rows * inner floats. width and inner: multiples of LANES and COLUMNS.
+extern "C" void starmesh_gated_mlp(const float* x, const float* gate, const float* up, const float* down,
+                                   float* scratch, float* out, int64_t rows, int64_t width, int64_t inner,
+                                   int32_t activation, int32_t threads) {
+    float* gated = scratch;
+    const float* raised = scratch + rows * inner;
+    starmesh_linear(x, gate, nullptr, gated, rows, width, inner, threads);
+    starmesh_linear(x, up, nullptr, scratch + rows * inner, rows, width, inner, threads);
+    for (int64_t i = 0; i < rows * inner; i += LANES) {
+        const Vec value = load(gated + i);
+        store(gated + i, (activation == 0 ? value * sigmoid(value) : gelu_tanh(value)) * load(raised + i));
+    }
+    starmesh_linear(gated, down, nullptr, out, rows, inner, width, threads);
+}
+
+// ---------------------------------------------------------------- rotary positions
+
+// Rotates, in place, the halves of each head of x by the token's angles: x * cos + (-x_high, x_low) * sin, with
+// cos and sin [tokens, head_dim]. head_dim: a multiple of 2 * LANES. Strides as in attention.
+extern "C" void starmesh_rotate(float* x, int64_t x_token, int64_t x_head, const float* cosines, const float* sines,
+                                int64_t tokens, int64_t heads, int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t token = 0; token < tokens; token++, cosines += head_dim, sines += head_dim)
+        for (int64_t head = 0; head < heads; head++) {
+            float* low = x + token * x_token + head * x_head;
+            for (int64_t d = 0; d < half; d += LANES) {
+                const Vec a = load(low + d), b = load(low + half + d);
+                store(low + d, a * load(cosines + d) - b * load(sines + d));
+                store(low + half + d, b * load(cosines + half + d) + a * load(sines + half + d));
+            }
+        }
 }
 
 // ---------------------------------------------------------------- norm

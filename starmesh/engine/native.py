@@ -55,6 +55,12 @@ class NativeLibrary:
         self.linear = loaded.starmesh_linear
         self.linear.argtypes = (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.c_int32)
         self.linear.restype = None
+        self.gated_mlp = loaded.starmesh_gated_mlp
+        self.gated_mlp.argtypes = (*(_POINTER,) * 6, _INT, _INT, _INT, ctypes.c_int32, ctypes.c_int32)
+        self.gated_mlp.restype = None
+        self.rotate = loaded.starmesh_rotate
+        self.rotate.argtypes = (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT)
+        self.rotate.restype = None
         self.rms_norm = loaded.starmesh_rms_norm
         self.rms_norm.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT)
         self.rms_norm.restype = None
