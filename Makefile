@@ -12,6 +12,8 @@ UV_VERSION := 0.13.9
 INSTALLED := .venv/.installed
 GENERATED := .venv/.generated
 
+# Without cached bytecode each process would compile torch and transformers again, 20 s of CPU time.
+unexport PYTHONDONTWRITEBYTECODE
 # Several torch processes share the machine's cores: one thread each, or they spin and wait for one another.
 export OMP_NUM_THREADS ?= 1
 
