@@ -7,8 +7,7 @@ the request's ``max_output_tokens``, and a fast one pays for each piece once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from services.router.stream import TokenStream
 from starmesh.types import FinishReason
@@ -28,8 +27,7 @@ class Detokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """New tokens and new text. ``offset`` output tokens precede it; ``finish_reason`` is set in the last one."""
 
     offset: int
@@ -64,29 +62,32 @@ class Answer:
 
     def take(self) -> Piece | None:
         """What is new since the last piece; None when nothing is."""
-        if self._finished:
-            return None
         stream = self.stream
-        self._decode()
-        offset = self._taken
+        taken = self._taken
+        token_ids = stream.token_ids[taken:]
+        if self._decoded == taken:
+            self._feed(token_ids)
+        else:
+            self._decode()
         finish_reason = stream.finish_reason
-        token_ids = stream.token_ids[offset:]
-        if not token_ids and finish_reason is None:
+        if not token_ids and (finish_reason is None or self._finished):
             return None
-        self._taken = len(stream.token_ids)
+        self._taken = taken + len(token_ids)
+        text, self._text = self._text, ""
         if finish_reason is not None:
             self._finished = True
-            self._text += self._detokenizer.finish()
-        text, self._text = self._text, ""
-        return Piece(offset, token_ids, text, finish_reason)
+            text += self._detokenizer.finish()
+        return Piece(taken, token_ids, text, finish_reason)
 
     def _decode(self) -> None:
-        token_ids = self.stream.token_ids
-        if len(token_ids) == self._decoded:
+        """Turn what is accepted and not decoded yet into text."""
+        self._feed(self.stream.token_ids[self._decoded :])
+
+    def _feed(self, token_ids: list[int]) -> None:
+        if not token_ids:
             return
-        text = self._detokenizer.feed(token_ids[self._decoded :])
-        self._decoded = len(token_ids)
-        self._text = self._text + text if self._text else text
+        self._decoded += len(token_ids)
+        self._text += self._detokenizer.feed(token_ids)
         if self._detokenizer.stopped:
             # Whatever else ended it: the text ends here.
             self.stream.finish_reason = FinishReason.STOP

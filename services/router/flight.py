@@ -99,19 +99,22 @@ class Flight:
 
     def deliver(self, output: sequence_pb2.SequenceOutput) -> None:
         """Take what an instance made."""
-        if output.HasField("failure"):
-            if output.epoch == self.stream.epoch:
-                self._settle(Refused(from_sequence_status(output.failure)))
-            return
-        reason = convert.finish_reason(output.finish_reason) if output.finish_reason else None
+        # The common case first: this runs for every token.
+        if output.finish_reason or output.HasField("failure"):
+            self._deliver_end(output)
+        else:
+            # As a list: each look into a repeated field costs as much as its copy.
+            self.accept(output.epoch, output.offset, output.token_ids[:], None)
+
+    def _deliver_end(self, output: sequence_pb2.SequenceOutput) -> None:
+        reason = convert.finish_reason(output.finish_reason)
+        status = from_sequence_status(output.failure) if output.HasField("failure") else None
         if reason is FinishReason.CANCELLED:
             # Nobody here asked for it: the instance gave the sequence up, and it can go on elsewhere.
             status = StatusError(grpc.StatusCode.ABORTED, "the instance cancelled the sequence")
-            self.stream.accept(output.epoch, output.offset, output.token_ids)
-            if output.epoch == self.stream.epoch:
-                self._settle(Refused(status))
-            return
-        self.accept(output.epoch, output.offset, output.token_ids, reason)
+        self.accept(output.epoch, output.offset, output.token_ids, reason if status is None else None)
+        if status is not None and output.epoch == self.stream.epoch:
+            self._settle(Refused(status))
 
     def lost(self, error: InstanceLost) -> None:
         """The instance that has the sequence is gone."""
@@ -186,8 +189,10 @@ class Flight:
             self._outcome.set_result(outcome)
 
     def _notify(self) -> None:
+        if not self._window_s:
+            self._on_ready(self)
         # The first token and the end never wait.
-        if not self._window_s or self.ended or not self._answer.started:
+        elif self.ended or not self._answer.started:
             self._fire()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._window_s, self._fire)

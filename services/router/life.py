@@ -71,13 +71,15 @@ class Life:
         give_up_s = self._loop.time() + settings.queue_timeout_s
         self._retries = Retries(max_failures=settings.max_recoveries, give_up_s=give_up_s)
 
-    async def run(self, parent: Context | None) -> None:
+    async def run(self, parent: Context) -> None:
         """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
         request is left."""
         flight = self._flight
         attributes = {names.REQUEST_ID: flight.request_id, names.OPERATION: "text_completion"}
         try:
-            with tracer().start_as_current_span(names.SPAN_GENERATE, parent, attributes=attributes) as span:
+            with tracer().start_as_current_span(
+                names.SPAN_GENERATE, parent, kind=trace.SpanKind.SERVER, attributes=attributes
+            ) as span:
                 span.set_attribute(names.MODEL, self._parts.model.name)
                 try:
                     async with asyncio.timeout_at(flight.deadline_s):

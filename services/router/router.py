@@ -63,12 +63,12 @@ class Router:
         *,
         timeout_s: float | None,
         on_ready: Callable[[Flight], None],
-        parent: Context | None = None,
+        parent: Context,
     ) -> Flight:
         """Take a request in. Its tokens, or its error, come through the flight; ``close`` it in the end.
 
-        ``timeout_s`` None means as long as the router allows. ``parent`` is the trace to continue; None: the current
-        one. Raises StatusError for what is wrong with the request as it stands, or with the time.
+        ``timeout_s`` None means as long as the router allows. ``parent`` is the trace to continue. Raises StatusError
+        for what is wrong with the request as it stands, or with the time.
         """
         if self.stopping.is_set():
             raise retry_later(grpc.StatusCode.UNAVAILABLE, "this router is stopping; use another", RETRY_DELAY_S)
@@ -142,7 +142,7 @@ class Router:
                 self.idle.set()
 
 
-async def _run_after(former: asyncio.Task[None] | None, life: Life, parent: Context | None) -> None:
+async def _run_after(former: asyncio.Task[None] | None, life: Life, parent: Context) -> None:
     """Run ``life`` when the last request of the same id has cleaned up: its clean-up is by id."""
     if former is not None:
         await asyncio.wait([former])

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from opentelemetry.context import Context as TraceContext
 
 from services.router.many import ManyRequests
 from services.router.model import ServedModel
@@ -37,7 +38,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         router = self._router
         ready = asyncio.Event()
-        flight = router.open(request, timeout_s=context.time_remaining(), on_ready=lambda _: ready.set())
+        flight = router.open(
+            request, timeout_s=context.time_remaining(), on_ready=lambda _: ready.set(), parent=_trace_of(context)
+        )
         # A client that goes away while a write waits for it is noticed here first.
         context.add_done_callback(lambda _: router.close(flight))  # type: ignore[arg-type] # the stub has no protocol
         try:
@@ -57,12 +60,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateMany(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[inference_pb2.GenerateManyRequest], context: Context
     ) -> AsyncIterator[inference_pb2.GenerateManyResponse]:
-        metadata = dict(context.invocation_metadata() or ())
         requests = ManyRequests(
             self._router,
             max_requests=self._max_stream_requests,
             timeout_s=context.time_remaining(),
-            parent=context_of(str(metadata.get("traceparent", ""))),
+            parent=_trace_of(context),
         )
         context.add_done_callback(lambda _: requests.close())  # type: ignore[arg-type] # as above
         async with requests:
@@ -89,3 +91,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             has_chat_template=facts.has_chat_template,
             eos_token_ids=sorted(facts.eos_token_ids),
         )
+
+
+def _trace_of(context: Context) -> TraceContext:
+    """The trace that the client's metadata carries, or an empty one to begin a new trace."""
+    metadata = dict(context.invocation_metadata() or ())
+    return context_of(str(metadata.get("traceparent", "")))
