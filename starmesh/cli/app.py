@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -32,6 +33,8 @@ app.add_typer(model_app, name="model")
 
 def main() -> None:
     """Entry point of the console script."""
+    # gRPC's own log lines, such as that a server said good-bye, are not for the terminal.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app()
 
 

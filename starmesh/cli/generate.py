@@ -43,7 +43,9 @@ async def generate(router: RouterClient, prompt: str, asking: Asking, *, timeout
         if on_terminal:
             print(flush=True)
     if not quiet:
-        print(_summary(last, started_s=started_s, first_token_s=first_token_s), file=sys.stderr)
+        # Elsewhere than on a terminal stdout gets the answer alone, which seldom ends a line.
+        separator = "" if on_terminal else "\n"
+        print(separator + _summary(last, started_s=started_s, first_token_s=first_token_s), file=sys.stderr)
 
 
 def _summary(last: inference_pb2.GenerateResponse, *, started_s: float, first_token_s: float | None) -> str:
