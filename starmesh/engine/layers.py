@@ -138,8 +138,11 @@ class NativeRotation:
 
 def accelerate(model: nn.Module, library: NativeLibrary, *, threads: int) -> None:
     """Replace what the library can take of a float32 CPU model, in place: linear layers, gated MLPs, RMS norms and the
-    rotation by positions. Whatever does not compute what the native version computes stays as it is.
+    rotation by positions. Whatever does not compute what the native version computes stays as it is, and so does every
+    layer of another kind of model: native layers take addresses on trust.
     """
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in model.parameters()):
+        return
     for name, module in list(model.named_modules()):
         replacement: nn.Module | None = None
         if type(module) is nn.Linear:
@@ -168,8 +171,7 @@ def _linear(stock: nn.Linear, library: NativeLibrary, threads: int) -> nn.Module
 
 def _fits(stock: nn.Linear, library: NativeLibrary) -> bool:
     return (
-        stock.weight.dtype == torch.float32
-        and stock.weight.is_contiguous()
+        stock.weight.is_contiguous()
         and stock.in_features % library.lanes == 0
         and stock.out_features % library.columns == 0
     )
@@ -179,7 +181,7 @@ def _rms_norm(stock: nn.Module, library: NativeLibrary) -> nn.Module | None:
     """Families scale by the weight (Llama) or by 1 + weight (Gemma): the layer itself says which."""
     weight = getattr(stock, "weight", None)
     epsilon = getattr(stock, "variance_epsilon", getattr(stock, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32 or epsilon is None:
+    if not isinstance(weight, torch.Tensor) or epsilon is None:
         return None
     if weight.dim() != 1 or weight.numel() % library.lanes:
         return None

@@ -145,13 +145,13 @@ def test_native_forwards_are_the_same_bits_in_any_batch(llama_dir: Path) -> None
 
 
 @pytest.mark.parametrize("use_native", [True, False], ids=["native", "torch"])
-def test_bfloat16_stays_close_to_the_stock_model(llama_dir: Path, use_native: bool) -> None:
+def test_bfloat16_stays_close_to_the_stock_model(model_dir: Path, use_native: bool) -> None:
     (prompt,) = make_prompts(21)
-    executor = load(llama_dir, dtype="bfloat16", use_native=use_native)
+    executor = load(model_dir, dtype="bfloat16", use_native=use_native)
     assert executor.memory.pool.dtype == torch.bfloat16
     with torch.inference_mode():
         logits, _ = executor._forward((BatchItem("r", prompt, 0, range(8)),), [0])
-        stock = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.bfloat16, attn_implementation="eager")
+        stock = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager")
         wanted = stock(torch.tensor([prompt])).logits[0, -1:]
     torch.testing.assert_close(logits, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
 
