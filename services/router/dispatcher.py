@@ -195,7 +195,8 @@ class Dispatcher:
         full: set[str] = set()
         for _ in range(_MAX_REFUSALS):
             decision = self._decide(demand, full, layout)
-            self._last_reason = decision.reason
+            # One that the ledger has just found full is up: waiting for room is another matter than for an instance.
+            self._last_reason = NoPlacement.NO_CAPACITY if full and decision.decode is None else decision.reason
             if decision.decode is None:
                 return None
             decode_id, tokens = decision.decode.instance_id, decision.decode.reserve_tokens

@@ -136,7 +136,7 @@ class Flight:
         if verdict is Verdict.NEW:
             self._notify()
         elif verdict is Verdict.END:
-            self._settle(Ended(by_instance=True))
+            self._settle(Ended(by_instance=reason is not None))
             self._notify()
         elif verdict is Verdict.GAP:
             held = len(self.stream.token_ids)

@@ -67,6 +67,7 @@ class Life:
         self._spec: SequenceSpec
         self._eos_token_ids: frozenset[int] = frozenset()
         self._avoid: set[str] = set()
+        self._recovering = False
         settings = parts.settings
         give_up_s = self._loop.time() + settings.queue_timeout_s
         self._retries = Retries(max_failures=settings.max_recoveries, give_up_s=give_up_s)
@@ -123,7 +124,7 @@ class Life:
             except InstanceLost as error:
                 log.warning("request %s lost %s", flight.request_id, error)
                 self._parts.dispatcher.suspect(error.instance_id)
-                flight.recoveries += 1
+                self._recovering = True
                 self._retries.after_failure()  # no wait: this instance is not asked again
             except NotPlaced:
                 raise
@@ -133,7 +134,9 @@ class Life:
     async def _turn(self) -> None:
         """Prefill and decode once."""
         flight = self._flight
-        if flight.recoveries:
+        if self._recovering:
+            self._recovering = False
+            flight.recoveries += 1
             with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
                 recovery.set_attribute(names.RECOVERIES, flight.recoveries)
                 instance, ticket = await self._prefill()

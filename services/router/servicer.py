@@ -47,12 +47,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             while True:
                 await ready.wait()
                 ready.clear()
-                # One piece, or several when tokens come during the write.
-                while (piece := flight.take()) is not None:
+                piece = flight.take()
+                if piece is not None:
                     yield piece_pb(flight, piece)
                     if piece.finish_reason is not None:
                         return
                 if flight.error is not None:
+                    # What came during the write was before the error.
+                    if (last := flight.take()) is not None:
+                        yield piece_pb(flight, last)
                     raise flight.error
         finally:
             router.close(flight)

@@ -67,10 +67,11 @@ class TokenStream:
         new = len(token_ids) - known
         if new > 0:
             held.extend(token_ids[known:] if known else token_ids)
-            if len(held) > self.max_output_tokens:
-                # The instance should have stopped; the client's limit holds whatever it does.
+            if len(held) >= self.max_output_tokens:
+                # The client's limit holds whatever the instance does.
+                if len(held) > self.max_output_tokens or finish_reason is None:
+                    finish_reason = FinishReason.LENGTH
                 del held[self.max_output_tokens :]
-                finish_reason = FinishReason.LENGTH
         # The end counts only where it belongs: after the last token. A late duplicate that ends earlier is of a past
         # that this stream has left behind.
         if finish_reason is not None and new >= 0:

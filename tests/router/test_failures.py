@@ -13,6 +13,7 @@ from starmesh.rpc.status import StatusError, from_rpc_error, retry_later
 from starmesh.types import InstanceState, Ownership, Role
 from starmesh.v1 import inference_pb2, sequence_pb2
 from tests.router.conftest import Mesh, check_answer, generate_request, until
+from tests.router.peers import EOS
 
 FULL = retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, "no blocks", 0.1)
 DRAINING = retry_later(grpc.StatusCode.UNAVAILABLE, "draining", 0.1)
@@ -185,8 +186,7 @@ async def test_tokens_that_come_twice_late_or_with_holes_do_no_harm(mesh: Mesh) 
     await mesh.nothing_left()
 
 
-async def test_an_end_that_the_tokens_imply_needs_no_recovery(mesh: Mesh) -> None:
-    """The last token came, the word of the end did not."""
+async def test_an_end_that_the_tokens_imply_needs_no_word_of_it(mesh: Mesh) -> None:
     await mesh.start()
 
     def tamper(output: sequence_pb2.SequenceOutput) -> list[sequence_pb2.SequenceOutput]:
@@ -194,13 +194,30 @@ async def test_an_end_that_the_tokens_imply_needs_no_recovery(mesh: Mesh) -> Non
         return [output]
 
     mesh.decodes[0].tamper = tamper
+    check_answer(await collect(mesh.generate(request_id="r")), "hello", 20)
+    await until(lambda: mesh.decodes[0].cancelled == [("r", 1)])  # the instance seems not to know
+    await mesh.nothing_left()
+
+
+async def test_an_instance_that_dies_after_the_last_token_is_not_recovered_from(mesh: Mesh) -> None:
+    """The end-of-sequence token came, the word of the end did not."""
+    await mesh.start()
+
+    def tamper(output: sequence_pb2.SequenceOutput) -> list[sequence_pb2.SequenceOutput]:
+        if output.offset == 5:
+            output.token_ids[:] = [EOS]
+        return [output] if output.offset <= 5 else []
+
+    mesh.decodes[0].tamper = tamper
+    mesh.decodes[0].pause_after = 6
     call = asyncio.create_task(collect(mesh.generate()))
-    await until(lambda: mesh.decodes[0].specs and not mesh.decodes[0].sequences)
+    await until(lambda: mesh.process.router._entries)
     flight = next(iter(mesh.process.router._entries.values())).flight
-    await until(lambda: len(flight.stream.token_ids) == 20)
+    await until(lambda: len(flight.stream.token_ids) == 6)
     await mesh.decodes[0].kill()
     messages = await call
-    check_answer(messages, "hello", 20)
+    assert messages[-1].finish_reason == sequence_pb2.FINISH_REASON_STOP
+    assert messages[-1].usage.recoveries == 0
     assert len(mesh.prefills[0].specs) == 1
     await mesh.nothing_left()
 

@@ -82,13 +82,13 @@ def test_the_limit_holds_whatever_an_instance_does() -> None:
         ([5, 2], {2}, FinishReason.STOP),
         ([2, 5], {2}, None),
         ([5, 2], set(), None),
-        ([5, 6, 7], {2}, FinishReason.LENGTH),
+        ([5, 6, 7, 8], {2}, FinishReason.LENGTH),
     ],
 )
 def test_tokens_may_say_that_the_sequence_has_ended(
     token_ids: list[int], eos: set[int], reason: FinishReason | None
 ) -> None:
-    stream = started(max_output_tokens=3)
+    stream = started(max_output_tokens=4)
     stream.accept(1, 0, token_ids)
     assert stream.implied_finish(frozenset(eos)) is reason
 
