@@ -43,7 +43,7 @@ class ServiceSettings(BaseSettings):
     cluster: str = Field("default", description="name of the cluster; several may share a Redis")
     instance_id: str = Field("", description="name of this instance; empty: role and a random suffix")
     port_file: Path | None = Field(None, description="file to write the chosen HOST:PORT to")
-    lease_ttl_s: float = Field(3.0, gt=0.2, description="seconds without a report until others take it for dead")
+    lease_ttl_s: float = Field(6.0, gt=0.2, description="seconds without a report until others take it for dead")
     report_interval_s: float = Field(0.25, gt=0.01, description="seconds between load reports")
     grace_s: float = Field(10.0, ge=0, description="seconds that work in flight has to end after SIGTERM")
     log_level: str = Field("info", description="debug, info, warning or error")

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from starmesh.clock import WallClock
 from starmesh.engine.engine import SequenceOutput
 from starmesh.engine.thread import EngineThread
 from starmesh.instance.loading import LoadedEngine, load_engine
@@ -45,6 +46,9 @@ class Instance:
         self._transfer: KvTransfer | None = None
         self._leased_epochs: dict[str, int] = {}
         self._channels = ChannelPool()
+        self._clock = WallClock()
+        self._last_load: InstanceLoad | None = None
+        self._last_load_s = self._clock.now_s()
         self._pulled_bytes = 0
         self._pulled_with: TransferBackend | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -61,7 +65,7 @@ class Instance:
             max_sequences=settings.max_sequences,
         )
         self.membership = Membership(
-            self._ledger, info, load=self.load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
+            self._ledger, info, load=self._report, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
         )
 
     @property
@@ -82,12 +86,27 @@ class Instance:
         return self._transfer
 
     async def load(self) -> InstanceLoad:
-        """What it reports of itself, as of between two steps."""
+        """What it reports of itself, as of between two steps: waits for the step that runs."""
         load = await self.engine.call(lambda core: core.load())
         # A drain ends with the first report that finds nothing: each end of a sequence brings a report about.
         if self.state is InstanceState.DRAINING and load.free_blocks == load.total_blocks and not load.sequences:
             self._nothing_left.set()
-        return dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
+        load = dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
+        self._last_load, self._last_load_s = load, self._clock.now_s()
+        return load
+
+    async def _report(self) -> InstanceLoad | None:
+        """The load now or, while a long step runs, the last one: a slow instance is not a dead one. None when no step
+        has ended for so long that the engine must hang."""
+        try:
+            async with asyncio.timeout(self._settings.report_interval_s):
+                return await self.load()
+        except TimeoutError:
+            silent_s = self._clock.now_s() - self._last_load_s
+            if silent_s < self._settings.stall_timeout_s:
+                return self._last_load
+            log.error("no step has ended for %.0f s; the lease runs out unless one does", silent_s)
+            return None
 
     def lease(self, spec: SequenceSpec, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
         """Lease a held sequence's blocks to whoever pulls them; they are freed when the lease ends. Raises

@@ -26,6 +26,7 @@ class EngineSettings(ServiceSettings):
     max_waiting: int = Field(256, ge=1, description="sequences that may wait; more are refused")
     transfer: str = Field("nixl,stream", description="transfer backends, best first; one that is missing is left out")
     transfer_timeout_s: float = Field(30.0, gt=0, description="time that a pull may take")
+    stall_timeout_s: float = Field(60.0, gt=0, description="time without a finished step until the engine must hang")
     kv_lease_s: float = Field(30.0, gt=0, description="how long KV is kept for whoever is to pull it")
 
     @field_validator("transfer")

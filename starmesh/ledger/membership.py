@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps one registration alive. ``load`` is awaited before each report."""
+    """Keeps one registration alive. ``load`` is awaited before each report; None means not to report, so that a
+    process whose work has stopped loses its lease."""
 
     def __init__(
         self,
         ledger: Ledger,
         info: InstanceInfo,
         *,
-        load: Callable[[], Awaitable[InstanceLoad]],
+        load: Callable[[], Awaitable[InstanceLoad | None]],
         ttl_s: float,
         interval_s: float,
     ) -> None:
@@ -109,6 +110,8 @@ class Membership:
 
     async def _report(self) -> None:
         load = await self._load()
+        if load is None:
+            return
         if not self._state_told:
             await self._tell_state()
         instance_id, incarnation = self._info.instance_id, self._info.incarnation

@@ -3,10 +3,6 @@
 32 prompts run on two engines together, with everything that may disturb them: staggered arrivals, prompts in chunks
 between decodes, a pool so small that sequences are preempted and recomputed, sequences handed over after their first
 token and others moved in the middle of decoding.
-
-Forwards are not bitwise the same at all batch sizes: fp32 logits move by about 2e-5. Where a token differs, the
-reference's two best logits must be closer than 1e-4 there; the case is counted in the printed line, and the rest is
-compared with a reference that continues from the engine's choice.
 """
 
 from __future__ import annotations
@@ -15,62 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from starmesh.clock import WallClock
 from starmesh.engine.engine import EngineConfig, EngineCore, SequenceOutput, StopChecker
 from starmesh.engine.model import TorchExecutor
 from starmesh.model_files import fetch_model
 from starmesh.types import SamplingParams, SequenceSpec
+from tests.prompts import prompt_token_ids
+from tests.reference import Reference
 
-NEAR_TIE = 1e-4
-TEXTS = (  # continued as they are
-    "The capital of France is",
-    "Once upon a time, in a village by the sea, there lived",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "1, 1, 2, 3, 5, 8, 13,",
-    "Die Hauptstadt von Deutschland heißt",
-    "SELECT name, price FROM products WHERE",
-    "Water boils at 100 degrees Celsius, while it freezes at",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The three primary colours are red,",
-    "import asyncio\n\nasync def main() -> None:\n    ",
-    "La lune éclairait la mer, et le vieux pêcheur",
-    "Ingredients: 200 g flour, 2 eggs, 300 ml milk, a pinch of salt.\nMethod:",
-    "Question: What is 17 + 25?\nAnswer:",
-    "<html>\n<head>\n<title>",
-    "In 1969, two astronauts walked on the Moon for the first time. Their names were",
-    "🙂 means happy, 😢 means sad, and 😡 means",
-)
-MESSAGES = (  # answered through the chat template
-    "Say hello in five languages.",
-    "What is the difference between a list and a tuple in Python?",
-    "Write a haiku about autumn.",
-    "Explain to a child why the sky is blue.",
-    "Give me three names for a black cat.",
-    "Is 97 a prime number? Think step by step.",
-    "Translate 'good morning, how are you?' into Spanish.",
-    "How do I boil an egg?",
-    "Write one sentence that contains the words bridge, lantern and orange.",
-    "What should I pack for a weekend in the mountains in spring? It may rain, and I travel by train with one bag.",
-    "Sort these numbers from small to large: 42, 7, 19, 3, 88, 61, 5.",
-    "Correct the grammar of this sentence: 'Yesterday I goed to the store and buyed two breads.'",
-    "Write a short e-mail to my landlord. The heating in the kitchen has not worked since Tuesday, I have tried to "
-    "bleed the radiator, and I shall be at home on Friday afternoon and on Monday morning. Be polite but firm, and ask "
-    "when somebody can come to repair it.",
-    "Summarise this in one sentence: The lighthouse on the northern cape was built in 1871, after three ships had run "
-    "aground within a single winter. Its keepers lived there with their families until 1964, when the lamp was made "
-    "automatic. Today the house is a small museum. Visitors can climb the 118 steps to the gallery, see the old lens, "
-    "and on clear days make out the islands on the horizon. The museum is open from May to September.",
-    "Here is a log of a small server. At 02:10 the disk was 81 percent full. At 02:40 a backup started. At 02:55 the "
-    "disk was 97 percent full and the database began to refuse writes. At 03:05 the backup was stopped by hand and its "
-    "partial file was deleted. At 03:06 the database accepted writes again, and the disk was 82 percent full. At 03:30 "
-    "somebody moved the older backups to another machine, which left the disk at 44 percent. Nothing else happened "
-    "until the morning. What was the cause of the problem, how was it ended, and what would you change so that it does "
-    "not come back? Answer in three short points, and name the times that support each of them.",
-    "A train leaves at 9:40 and arrives at 12:05. How long does the journey take?",
-)
 OUTPUT_TOKENS = (48, 12, 24, 40, 16, 32)
 
 
@@ -160,12 +110,6 @@ class Cluster:
 
 
 def make_requests(tokenizer: Any) -> list[Request]:
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    for message in MESSAGES:
-        chat = [{"role": "user", "content": message}]
-        prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
-    # Neighbours of different kinds and lengths.
-    prompts = [prompt for pair in zip(prompts[:16], prompts[16:], strict=True) for prompt in pair]
     return [
         Request(
             spec=SequenceSpec(
@@ -179,49 +123,8 @@ def make_requests(tokenizer: Any) -> list[Request]:
             hold=number % 5 == 4,
             move_at=7 if number % 5 == 1 else None,
         )
-        for number, prompt in enumerate(prompts)
+        for number, prompt in enumerate(prompt_token_ids(tokenizer))
     ]
-
-
-class Reference:
-    """Stock transformers, one prompt at a time."""
-
-    def __init__(self, model_dir: Any) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-
-    def generate(self, token_ids: list[int], outputs: int) -> tuple[list[int], torch.Tensor]:
-        """Tokens that follow, and the logits [tokens, vocabulary] that they were chosen from."""
-        inputs = torch.tensor([token_ids])
-        result = self._model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=outputs,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        return result.sequences[0, len(token_ids) :].tolist(), torch.cat(result.logits)
-
-    def near_ties(self, request: Request) -> int:
-        """How often the engine took the other of two nearly equal tokens. Fails on any other difference."""
-        ties = 0
-        compared = 0
-        while compared < len(request.token_ids):
-            context = [*request.spec.prompt_token_ids, *request.token_ids[:compared]]
-            expected, logits = self.generate(context, request.spec.sampling.max_output_tokens - compared)
-            made = request.token_ids[compared:]
-            if made == expected:
-                break
-            same = next((at for at, pair in enumerate(zip(made, expected, strict=False)) if pair[0] != pair[1]), None)
-            assert same is not None, f"{request.spec.request_id}: {len(made)} tokens instead of {len(expected)}"
-            best = logits[same].topk(2)
-            gap = float(best.values[0] - best.values[1])
-            assert made[same] in best.indices.tolist(), f"{request.spec.request_id}: {made} is not {expected}"
-            assert gap < NEAR_TIE, f"{request.spec.request_id}: {made} is not {expected} (gap {gap:.2e})"
-            ties += 1
-            compared += same + 1
-        return ties
 
 
 @pytest.mark.timeout(900)
@@ -245,7 +148,15 @@ def test_32_prompts_together_give_the_tokens_that_each_gives_alone() -> None:
     assert preemptions > 0
     assert cluster.moves >= 8
     reference = Reference(model_dir)
-    near_ties = sum(reference.near_ties(request) for request in requests)
+    near_ties = sum(
+        reference.near_ties(
+            request.spec.request_id,
+            request.spec.prompt_token_ids,
+            request.token_ids,
+            max_output_tokens=request.spec.sampling.max_output_tokens,
+        )
+        for request in requests
+    )
     print(
         f"exact: {len(requests)} prompts, {sum(prompt_tokens)} prompt and {sum(load.output_tokens for load in loads)} "
         f"output tokens, {steps} steps, {preemptions} preemptions, {cluster.moves} moves, {near_ties} near ties"

@@ -90,13 +90,15 @@ class Mesh:
         service.address = port_file.read_text()
         return service
 
-    async def start_all(self, *, prefill: int = 1, decode: int = 2, flags: tuple[str, ...] = ()) -> None:
-        """A router, and prefill and decode instances named prefill-0, decode-0, ..."""
+    async def start_all(
+        self, *, prefill: int = 1, decode: int = 2, flags: tuple[str, ...] = (), router_flags: tuple[str, ...] = ()
+    ) -> None:
+        """A router, and prefill and decode instances named prefill-0, decode-0, ... that ``flags`` are for."""
         await asyncio.gather(
             *(self.start("prefill", f"prefill-{index}", *flags) for index in range(prefill)),
             *(self.start("decode", f"decode-{index}", *flags) for index in range(decode)),
         )
-        await self.start("router", "router")
+        await self.start("router", "router", *router_flags)
         await self.all_seen(prefill + decode + 1)
 
     async def all_seen(self, count: int) -> None:

@@ -134,7 +134,10 @@ async def test_health_and_reflection() -> None:
         for name in ("", SERVICE):
             response = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
             assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.set_serving(True)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         response = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
         assert response.status == health_pb2.HealthCheckResponse.SERVING
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=5)
