@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,22 @@ from starmesh.model_files import fetch_model
 # Examples are not timed: on a busy machine any of them may take long.
 settings.register_profile("starmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("starmesh")
+
+
+FAST_LANE = "fast"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast lane reads only files with fast tests: the others import torch, which takes longer than the lane."""
+    if config.option.markexpr != FAST_LANE or collection_path.suffix != ".py":
+        return None
+    return True if "pytest.mark.fast" not in collection_path.read_text() else None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hold the fast lane to its word."""
+    if session.config.option.markexpr == FAST_LANE and "torch" in sys.modules:
+        raise pytest.UsageError("a test of the fast lane imported torch")
 
 
 @pytest.fixture(scope="session")
