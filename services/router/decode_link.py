@@ -150,18 +150,14 @@ class DecodeLinks:
             link = self._links[instance.instance_id] = DecodeLink(instance)
         return link
 
-    def lose_silent(self, missing: set[str], *, silent_s: float) -> None:
-        """Give up links whose instance is in ``missing`` and has sent nothing for ``silent_s``; close idle ones."""
-        for instance_id in missing & self._links.keys():
-            link = self._links[instance_id]
-            if link.silent_s >= silent_s:
+    def prune(self, missing: set[str], *, silent_s: float) -> None:
+        """Give up links whose instance is in ``missing`` and has sent nothing for ``silent_s``, and forget those that
+        broke: their instances may never come back."""
+        for instance_id, link in list(self._links.items()):
+            if instance_id in missing and link.silent_s >= silent_s:
                 link.lose("its lease in the ledger ended and its stream is silent")
+            if link.broken:
                 self._close(self._links.pop(instance_id))
-
-    @property
-    def instance_ids(self) -> set[str]:
-        """The instances that there are links to."""
-        return set(self._links)
 
     async def close(self) -> None:
         """End all links."""

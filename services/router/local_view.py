@@ -51,9 +51,13 @@ class LocalView:
             if pending:
                 for request_id in pending.keys() & _included(instance):
                     del pending[request_id]
-            suspicion = self._suspicions.get(instance_id)
-            if suspicion is not None and _answered(suspicion, instance):
-                del self._suspicions[instance_id]
+        # An instance that is gone is not chosen, and one that comes back has reported.
+        self._suspicions = {
+            instance.info.instance_id: suspicion
+            for instance in view.instances
+            if (suspicion := self._suspicions.get(instance.info.instance_id)) is not None
+            and not _answered(suspicion, instance)
+        }
         for instance_id, since_s in list(self._absent_since_s.items()):
             if now_s - since_s > _FORGET_S:
                 del self._absent_since_s[instance_id]

@@ -71,6 +71,8 @@ class PrefillCalls:
             raise InstanceLost(instance.instance_id, "its lease in the ledger ended") from None
         finally:
             calls.discard(call)
+            if not calls and self._calls.get(instance.instance_id) is calls:
+                del self._calls[instance.instance_id]
 
     def release(self, ticket: sequence_pb2.KvTicket) -> None:
         """End a lease that nobody will use, in the background; one that cannot be ended now expires."""
@@ -84,11 +86,6 @@ class PrefillCalls:
             request = transfer_pb2.ReleaseLeaseRequest(lease_id=ticket.lease_id)
             await stub.ReleaseLease(request, timeout=_RELEASE_TIMEOUT_S)
 
-    @property
-    def instance_ids(self) -> set[str]:
-        """The instances with calls in progress."""
-        return {instance_id for instance_id, calls in self._calls.items() if calls}
-
     def lose(self, missing: set[str]) -> None:
         """Give up the calls to these instances."""
         for instance_id in missing & self._calls.keys():
@@ -97,8 +94,7 @@ class PrefillCalls:
 
     async def retain(self, instances: list[InstanceInfo]) -> None:
         """Close the channels to all others that have no call in progress."""
-        busy = self.instance_ids - {instance.instance_id for instance in instances}
-        if not busy and not self._releases:
+        if not self._calls.keys() - {instance.instance_id for instance in instances} and not self._releases:
             await self._channels.retain({instance.address for instance in instances})
 
     async def close(self) -> None:

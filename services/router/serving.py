@@ -75,6 +75,7 @@ class RouterProcess:
         self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
         self._membership: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._readiness: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
@@ -89,12 +90,16 @@ class RouterProcess:
         self._membership = Membership(
             self._ledger, info, load=_no_load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
         )
-        await self._membership.start()
+        try:
+            await self._membership.start()
+        except BaseException:
+            await self._server.stop(0)
+            raise
         self._tasks = [
             asyncio.create_task(self.watch.run(self._on_view), name="ledger views"),
             asyncio.create_task(self._owners.keep(), name="ownership"),
-            asyncio.create_task(self._serve_when_ready(), name="health"),
         ]
+        self._readiness = asyncio.create_task(self._serve_when_ready(), name="health")
         write_port_file(settings.port_file, self.address)
         log.info("listening on %s", self.address)
         return self
@@ -103,7 +108,8 @@ class RouterProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # New requests are refused with a status that says to retry, not with a closed port, while old ones end.
-        self._tasks[2].cancel()
+        if self._readiness is not None:
+            self._readiness.cancel()
         await self._server.set_serving(False)
         self.router.stopping.set()
         if self._membership is not None:
@@ -129,7 +135,7 @@ class RouterProcess:
 
     async def _on_view(self, missing: set[str]) -> None:
         """Give up what hangs on instances whose lease has ended, and let those try that wait for room."""
-        self.links.lose_silent(missing, silent_s=self._settings.lease_ttl_s)
+        self.links.prune(missing, silent_s=self._settings.lease_ttl_s)
         self._prefills.lose(missing)
         await self._prefills.retain([view.info for view in self.watch.view.instances])
         self.dispatcher.wake()
