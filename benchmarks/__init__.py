@@ -1,1 +1,6 @@
-"""Benchmarks: `python -m benchmarks.NAME [--quick]`, one JSON object as the last line."""
+"""Measurements, each run as ``python -m benchmarks.NAME [--quick]``; the last line that it prints is one JSON object."""
+
+import os
+
+# gRPC reports closed connections on stderr, among the progress lines.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
