@@ -1,9 +1,11 @@
 """Drop-in layers by ``native.cpp`` for float32 models on a CPU: same parameters, same results to rounding.
 
-Owns which stock layers are replaced and on what evidence. Replaced layers share the stock layers' tensors: nothing is
-copied, so weights mapped from a file stay shared between processes. Their rows do not depend on one another: with
-them, a token's result is the same bits whatever else is in its batch (for models whose widths are multiples of 32:
-in a narrower rest, torch's own activation functions round otherwise than in the vectors before it).
+Owns which stock layers are replaced and on what evidence. Replaced layers share the stock layers' tensors. Weights
+mapped from a file stay so, and shared between processes, where the file puts them at cache lines' starts.
+
+Rows do not depend on one another: with these layers, a token's result is the same bits whatever else is in its batch
+(for models whose widths are multiples of 32: in a narrower rest, torch's own activation functions round otherwise than
+in the vectors before it).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn import functional
 from starmesh.engine.native import NativeLibrary
 
 _TOLERANCE = 1e-5
+# Vectors that straddle cache lines cost 8 % of a step at batch 1 and 8, 13 % at batch 32 (SmolLM2-135M, AVX-512).
+_CACHE_LINE_BYTES = 64
 _MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -143,6 +147,9 @@ def accelerate(model: nn.Module, library: NativeLibrary, *, threads: int) -> Non
     """
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in model.parameters()):
         return
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _CACHE_LINE_BYTES:
+            parameter.data = parameter.data.clone()  # in place: tied layers stay tied
     for name, module in list(model.named_modules()):
         replacement: nn.Module | None = None
         if type(module) is nn.Linear:

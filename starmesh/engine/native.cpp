@@ -301,18 +301,29 @@ struct Pool {
     }
 };
 
-// weights[row][token] = keys . queries[row] for ROWS_HERE rows and all tokens of the tile.
+// weights[row][token] = keys . queries[row] for ROWS_HERE rows and VECS vectors of tokens, from vector v on: enough
+// sums at once to hide the latency of adding to one of them.
+template <int ROWS_HERE, int VECS>
+static inline void score_vecs(const float* keys, const float* queries, int64_t head_dim, int v, float* weights) {
+    Vec sums[ROWS_HERE][VECS] = {};
+    for (int64_t d = 0; d < head_dim; d++)
+#pragma GCC unroll 4
+        for (int i = 0; i < VECS; i++) {
+            const Vec key = load(keys + d * TILE_TOKENS + (v + i) * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS_HERE; r++) sums[r][i] += key * queries[r * head_dim + d];
+        }
+    for (int r = 0; r < ROWS_HERE; r++)
+        for (int i = 0; i < VECS; i++) store(weights + r * TILE_TOKENS + (v + i) * LANES, sums[r][i]);
+}
+
 template <int ROWS_HERE>
 static inline void score_rows(const float* keys, const float* queries, int64_t head_dim, int vecs, float* weights) {
-    for (int v = 0; v < vecs; v++) {
-        Vec sums[ROWS_HERE] = {};
-        for (int64_t d = 0; d < head_dim; d++) {
-            const Vec key = load(keys + d * TILE_TOKENS + v * LANES);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS_HERE; r++) sums[r] += key * queries[r * head_dim + d];
-        }
-        for (int r = 0; r < ROWS_HERE; r++) store(weights + r * TILE_TOKENS + v * LANES, sums[r]);
-    }
+    constexpr int TOGETHER = ROWS_HERE > 4 ? 1 : 4;
+    int v = 0;
+    for (; v + TOGETHER <= vecs; v += TOGETHER)
+        score_vecs<ROWS_HERE, TOGETHER>(keys, queries, head_dim, v, weights);
+    for (; v < vecs; v++) score_vecs<ROWS_HERE, 1>(keys, queries, head_dim, v, weights);
 }
 
 // sums[row] = sums[row] * correction + weights[row] . values for ROWS_HERE rows and VECS vectors of the head.
@@ -367,29 +378,49 @@ static void attend_tile(const Pool<Element>& pool, Scratch& scratch, int64_t ite
     }
 
     const int64_t end = position(rows - 1) + 1;
+    // Keys of a tile's tokens, the last one repeated past the end. Walks the table: one division, not one a token.
+    auto key_rows_from = [&](int64_t base, const Element** rows_of_tile) {
+        base = std::min(base, end - 1);
+        int64_t index = base / step.block_tokens, offset = base % step.block_tokens;
+        const Element* key = pool.tile(table[index], 0, head) + offset * head_dim;
+        for (int t = 0; t < TILE_TOKENS; t++) {
+            rows_of_tile[t] = key;
+            if (base + t + 1 >= end) continue;
+            key += head_dim;
+            if (++offset == step.block_tokens) offset = 0, key = pool.tile(table[++index], 0, head);
+        }
+    };
+    const int64_t value_after_key = step.kv_heads * step.block_tokens * head_dim;
+    const Element *first_rows[TILE_TOKENS], *second_rows[TILE_TOKENS];
+    const Element **key_rows = first_rows, **next_key_rows = second_rows;
+    key_rows_from(oldest(0) / TILE_TOKENS * TILE_TOKENS, key_rows);
     for (int64_t base = oldest(0) / TILE_TOKENS * TILE_TOKENS; base < end; base += TILE_TOKENS) {
         const int tokens = static_cast<int>(std::min<int64_t>(TILE_TOKENS, end - base));
         const int vecs = (tokens + LANES - 1) / LANES;
-        const Element* key_rows[TILE_TOKENS];
         const float* value_rows[TILE_TOKENS];
-        for (int t = 0; t < tokens; t++) {
-            const int64_t block = table[(base + t) / step.block_tokens], offset = (base + t) % step.block_tokens;
-            key_rows[t] = pool.tile(block, 0, head) + offset * head_dim;
-            const Element* value = pool.tile(block, 1, head) + offset * head_dim;
-            if constexpr (std::is_same_v<Element, float>) {
-                value_rows[t] = value;
-            } else {
-                value_rows[t] = scratch.values + t * head_dim;
-                for (int64_t d = 0; d < head_dim; d += LANES) store(scratch.values + t * head_dim + d, load(value + d));
-            }
-        }
+        key_rows_from(base + TILE_TOKENS, next_key_rows);
         for (int v = 0; v < vecs; v++) {
             const int filled = std::min(LANES, tokens - v * LANES);
             for (int64_t d = 0; d < head_dim; d += LANES) {
                 Vec square[LANES];
-                for (int t = 0; t < LANES; t++) square[t] = t < filled ? load(key_rows[v * LANES + t] + d) : Vec{};
+                for (int t = 0; t < LANES; t++) {
+                    // Fetched now, so that memory and arithmetic overlap: blocks lie anywhere in the pool.
+                    __builtin_prefetch(key_rows[v * LANES + t] + value_after_key + d, 0, 2);
+                    __builtin_prefetch(next_key_rows[v * LANES + t] + d, 0, 2);
+                    square[t] = t < filled ? load(key_rows[v * LANES + t] + d) : Vec{};
+                }
                 transpose(square);
                 for (int i = 0; i < LANES; i++) store(scratch.keys + (d + i) * TILE_TOKENS + v * LANES, square[i]);
+            }
+        }
+        for (int t = 0; t < tokens; t++) {
+            const Element* value = key_rows[t] + value_after_key;
+            if constexpr (std::is_same_v<Element, float>) {
+                value_rows[t] = value;
+            } else {
+                value_rows[t] = scratch.values + t * head_dim;
+                for (int64_t d = 0; d < head_dim; d += LANES)
+                    store(scratch.values + t * head_dim + d, load(value + d));
             }
         }
 
@@ -442,6 +473,7 @@ static void attend_tile(const Pool<Element>& pool, Scratch& scratch, int64_t ite
         for (; r < rows; r++)
             mix<1>(value_rows, scratch.weights + r * TILE_TOKENS, tokens, scratch.corrections + r,
                    scratch.sums + r * head_dim, head_dim);
+        std::swap(key_rows, next_key_rows);
     }
 
     for (int r = 0; r < rows; r++) {
