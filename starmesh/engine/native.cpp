@@ -26,6 +26,8 @@ constexpr int COLUMNS = 4;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16)));
+typedef float LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 using Lanes = std::make_integer_sequence<int, LANES>;
 
@@ -65,6 +67,10 @@ static inline Vec pick_runs(Vec a, Vec b, std::integer_sequence<int, I...>) {
 template <int DISTANCE, int... I>
 static inline Vec swap_lanes(Vec a, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, a, (I ^ DISTANCE)...);
+}
+template <int N>
+static inline Quad every_nth(Vec a) {
+    return __builtin_shufflevector(a, a, 0, N, 2 * N, 3 * N);
 }
 template <int WIDTH>
 static inline Vec fold(Vec a, Vec b) {
@@ -143,11 +149,9 @@ static inline void dot_tile(const float* x, int64_t x_stride, const float* w, in
     for (int m = 0; m < M; m++) {
         const Vec folded = fold<LANES / 4>(fold<LANES / 2>(sums[m][0], sums[m][1]), fold<LANES / 2>(sums[m][2], sums[m][3]));
         const Vec totals = add_neighbours<LANES / 8>(folded);
-        float* row = out + m * out_stride;
-        for (int n = 0; n < COLUMNS; n++) {
-            const float value = totals[n * (LANES / 4)];
-            row[n] = accumulate ? row[n] + value : value;
-        }
+        LooseQuad* row = reinterpret_cast<LooseQuad*>(out + m * out_stride);
+        const Quad value = every_nth<LANES / 4>(totals);
+        *row = accumulate ? *row + value : value;
     }
 }
 
@@ -163,8 +167,8 @@ static void dot_rows(int rows, const float* x, int64_t x_stride, const float* w,
     }
 }
 
-constexpr int64_t DEPTH_BLOCK = 1536;       // elements of a dot product taken at once: bounds the tile in cache
-constexpr int64_t COLUMN_BLOCK_BYTES = 128 << 10;  // weights kept in the L2 cache while all rows pass over them
+// Elements of a dot product taken at once: a tile's inputs and weights stay in the L1 cache. Fixes the order of sums.
+constexpr int64_t DEPTH_BLOCK = 768;
 
 // out[rows, columns] = x[rows, depth] @ weight[columns, depth]^T (+ bias). depth: a multiple of LANES;
 // columns: of COLUMNS.
@@ -172,7 +176,9 @@ extern "C" void starmesh_linear(const float* x, const float* weight, const float
                                 int64_t depth, int64_t columns, int32_t threads) {
     const int64_t tiles = (rows + ROWS - 1) / ROWS;
     const int64_t depth_block = std::min(depth, DEPTH_BLOCK);
-    int64_t column_block = COLUMN_BLOCK_BYTES / (depth_block * 4) / COLUMNS * COLUMNS;
+    // Weights kept in the L2 cache while all rows pass over them. Few rows: less, for the next block's must fit too.
+    const int64_t column_block_bytes = rows > 64 ? 256 << 10 : 128 << 10;
+    int64_t column_block = column_block_bytes / (depth_block * 4) / COLUMNS * COLUMNS;
     column_block = std::max<int64_t>(column_block, COLUMNS);
     const int64_t blocks = (columns + column_block - 1) / column_block;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
