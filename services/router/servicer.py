@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from opentelemetry.context import Context as TraceContext
 
 from services.router.many import ManyRequests
 from services.router.model import ServedModel
@@ -16,7 +15,7 @@ from services.router.pieces import piece_pb
 from services.router.router import Router
 from services.router.validation import ModelFacts, check_request_id
 from starmesh.rpc.status import StatusError
-from starmesh.telemetry.setup import context_of
+from starmesh.telemetry.setup import context_of_call
 from starmesh.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,7 +38,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         router = self._router
         ready = asyncio.Event()
         flight = router.open(
-            request, timeout_s=context.time_remaining(), on_ready=lambda _: ready.set(), parent=_trace_of(context)
+            request,
+            timeout_s=context.time_remaining(),
+            on_ready=lambda _: ready.set(),
+            parent=context_of_call(context.invocation_metadata()),
         )
         # A client that goes away while a write waits for it is noticed here first.
         context.add_done_callback(lambda _: router.close(flight))  # type: ignore[arg-type] # the stub has no protocol
@@ -67,7 +69,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._router,
             max_requests=self._max_stream_requests,
             timeout_s=context.time_remaining(),
-            parent=_trace_of(context),
+            parent=context_of_call(context.invocation_metadata()),
         )
         context.add_done_callback(lambda _: requests.close())  # type: ignore[arg-type] # as above
         async with requests:
@@ -94,9 +96,3 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             has_chat_template=facts.has_chat_template,
             eos_token_ids=sorted(facts.eos_token_ids),
         )
-
-
-def _trace_of(context: Context) -> TraceContext:
-    """The trace that the client's metadata carries, or an empty one to begin a new trace."""
-    metadata = dict(context.invocation_metadata() or ())
-    return context_of(str(metadata.get("traceparent", "")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
 
 from starmesh.rpc.server import MAX_MESSAGE_BYTES
 
@@ -24,24 +23,22 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def open_channel(address: str, *, traced: bool = False) -> grpc.aio.Channel:
-    """A plaintext channel. ``traced`` adds a client span to each call and carries the trace to the server."""
-    interceptors = aio_client_interceptors() if traced else None
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A plaintext channel."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 class ChannelPool:
     """Channels by address, opened on first use."""
 
-    def __init__(self, *, traced: bool = False) -> None:
-        self._traced = traced
+    def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to ``address``."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address, traced=self._traced)
+            channel = self._channels[address] = open_channel(address)
         return channel
 
     async def retain(self, addresses: set[str]) -> None:

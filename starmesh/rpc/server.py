@@ -11,7 +11,6 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from starmesh.rpc.status import StatusInterceptor
 
@@ -63,23 +62,9 @@ class RpcServer:
             )
         self._host = host
         self._listen = listen
-        # One trace per request comes from calls that carry one; shared streams carry it in their messages.
-        traced = filters.negate(
-            filters.any_of(
-                filters.service_prefix("grpc.health"),
-                filters.service_prefix("grpc.reflection"),
-                filters.service_name("starmesh.v1.ClusterService"),
-                filters.service_name("starmesh.v1.InstanceService"),
-                filters.method_name("Decode"),
-                # Its span is the request's own, with more in it. (And the interceptor fails to leave its context when a
-                # client goes away during a write.)
-                filters.method_name("Generate"),
-                filters.method_name("GenerateMany"),
-            )
-        )
-        self._server = grpc.aio.server(
-            interceptors=[aio_server_interceptor(filter_=traced), StatusInterceptor()], options=SERVER_OPTIONS
-        )
+        # No tracing interceptor of OpenTelemetry's: it fails to detach its context when a client leaves during a write,
+        # and its twin for clients swallows cancellation. Servicers continue the trace of the metadata themselves.
+        self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=SERVER_OPTIONS)
         self._health = HealthServicer()
         self._names = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

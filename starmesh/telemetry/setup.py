@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from opentelemetry import context, trace
 from opentelemetry.sdk.resources import Resource
@@ -77,3 +77,8 @@ def current_traceparent() -> str:
 def context_of(traceparent: str) -> context.Context:
     """The context that a message carried, to start spans under; a malformed one starts a new trace."""
     return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
+
+
+def context_of_call(metadata: Iterable[tuple[str, str | bytes]] | None) -> context.Context:
+    """The same from a call's metadata."""
+    return context_of(str(dict(metadata or ()).get("traceparent", "")))
