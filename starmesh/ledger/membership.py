@@ -86,8 +86,7 @@ class Membership:
         """Stop reporting and leave the ledger."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
         with contextlib.suppress(LedgerError):
             await self._ledger.deregister(self._info.instance_id, self._info.incarnation)
 
@@ -104,6 +103,10 @@ class Membership:
                     log.warning("the ledger does not answer, going on without it: %s", error)
                 self._reachable = False
                 continue
+            except Exception:
+                # A bug in one report must not take a process that serves out of the cluster for good.
+                log.exception("a report failed")
+                continue
             if not self._reachable:
                 log.info("the ledger answers again")
             self._reachable = True
@@ -116,5 +119,9 @@ class Membership:
             await self._tell_state()
         instance_id, incarnation = self._info.instance_id, self._info.incarnation
         if not await self._ledger.report(instance_id, incarnation, load, ttl_s=self._ttl_s):
-            await self._ledger.register(self._info, ttl_s=self._ttl_s)
+            registered = self._info
+            await self._ledger.register(registered, ttl_s=self._ttl_s)
+            if self._info is not registered:
+                # The state was set meanwhile, and may have been overtaken by the registration with the old one.
+                await self._tell_state()
             await self._ledger.report(instance_id, incarnation, load, ttl_s=self._ttl_s)

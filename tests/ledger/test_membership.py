@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -101,3 +102,44 @@ async def test_a_drain_begun_while_the_ledger_was_away_shows_when_it_is_back(for
 async def test_a_report_interval_that_cannot_keep_the_lease_is_refused() -> None:
     with pytest.raises(ValueError, match="half"):
         Membership(MemoryLedger(VirtualClock()), INFO, load=Reporter().load, ttl_s=1.0, interval_s=0.6)
+
+
+async def test_a_report_that_fails_for_another_reason_is_not_the_last() -> None:
+    ledger, reporter = MemoryLedger(VirtualClock()), Reporter()
+
+    async def load() -> InstanceLoad:
+        made = await reporter.load()
+        return InstanceLoad(total_blocks=1, free_blocks=2) if reporter.asked < 3 else made
+
+    member = Membership(ledger, INFO, load=load, ttl_s=60.0, interval_s=0.002)
+    await member.start()
+    for _ in range(3):
+        await reporter.next()
+    (seen,) = (await ledger.view()).instances
+    assert seen.load is not None and seen.load.free_blocks == 10
+    await member.stop()
+
+
+class Overtaken(MemoryLedger):
+    """Lets ``on_register`` happen while a registration is on its way."""
+
+    on_register: Callable[[], Awaitable[None]] | None = None
+
+    async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
+        happen, self.on_register = self.on_register, None
+        if happen is not None:
+            await happen()
+        await super().register(info, ttl_s=ttl_s)
+
+
+async def test_a_state_set_while_a_registration_is_on_its_way_is_not_overtaken_by_it() -> None:
+    ledger, reporter = Overtaken(VirtualClock()), Reporter()
+    member = membership(ledger, reporter)
+    await member.start()
+    ledger.on_register = lambda: member.set_state(InstanceState.DRAINING)
+    await ledger.deregister("decode-0", "one")
+    for _ in range(2):
+        await reporter.next()
+    assert ledger.on_register is None
+    assert [view.info.state for view in (await ledger.view()).instances] == [InstanceState.DRAINING]
+    await member.stop()
