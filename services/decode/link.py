@@ -10,6 +10,10 @@ import asyncio
 
 from starmesh.v1 import decode_pb2, sequence_pb2
 
+# A router that has not read for long gets what has gathered in messages far below the size limit: an output takes at
+# most some 200 bytes.
+MAX_MESSAGE_OUTPUTS = 8192
+
 
 class RouterLink:
     """Outputs for one router."""
@@ -24,8 +28,9 @@ class RouterLink:
         self._ready.set()
 
     async def take(self) -> decode_pb2.DecodeResponse:
-        """Wait for outputs and return all in one message."""
+        """Wait for outputs and return all, or the first of very many, in one message."""
         await self._ready.wait()
-        self._ready.clear()
-        outputs, self._outputs = self._outputs, []
+        outputs, self._outputs = self._outputs[:MAX_MESSAGE_OUTPUTS], self._outputs[MAX_MESSAGE_OUTPUTS:]
+        if not self._outputs:
+            self._ready.clear()
         return decode_pb2.DecodeResponse(outputs=outputs)

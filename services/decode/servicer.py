@@ -31,6 +31,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         context: grpc.aio.ServicerContext[decode_pb2.DecodeRequest, decode_pb2.DecodeResponse],
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         link = RouterLink()
+        # A router that goes away while a write waits for it is noticed here first.
+        context.add_done_callback(lambda _: self._worker.disconnect(link))  # type: ignore[arg-type] # no protocol
         # The router sees at once that the stream is up, not with its first token.
         await context.send_initial_metadata(())
         reader = asyncio.create_task(self._read(request_iterator, link))

@@ -17,6 +17,7 @@ from services.decode.link import RouterLink
 from starmesh.engine.engine import SequenceOutput
 from starmesh.engine.scheduler import CapacityError, DuplicateRequest
 from starmesh.instance.instance import Instance
+from starmesh.instance.intake import check_sequence
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, retry_later
 from starmesh.telemetry import names
@@ -33,10 +34,11 @@ RETRY_DELAY_S = 0.25
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A sequence and whose it is."""
+    """A sequence and whose it is. ``after`` ends when the blocks of the request's former epoch are free."""
 
     spec: SequenceSpec
     link: RouterLink
+    after: asyncio.Task[None] | None = None
     handoff: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     span: Span | None = None
@@ -49,6 +51,8 @@ class DecodeWorker:
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._running: dict[str, _Running] = {}
+        # Sequences that were stopped and whose blocks are not free yet, the newest of each request.
+        self._freeing: dict[str, asyncio.Task[None]] = {}
 
     def start(
         self, link: RouterLink, spec: SequenceSpec, ticket: KvTicket, *, timeout_s: float, traceparent: str
@@ -57,6 +61,11 @@ class DecodeWorker:
         if self._instance.state is not InstanceState.READY:
             error = retry_later(grpc.StatusCode.UNAVAILABLE, "this instance is draining; use another", RETRY_DELAY_S)
             link.put(_failure(spec, error))
+            return
+        try:
+            check_sequence(spec)
+        except StatusError as bad:
+            link.put(_failure(spec, bad))
             return
         former = self._running.get(spec.request_id)
         if former is not None:
@@ -67,12 +76,15 @@ class DecodeWorker:
                 )
                 link.put(_failure(spec, error))
                 return
-            self._end(former)
-        running = _Running(spec, link, output_tokens=len(spec.output_token_ids))
+            # Usually its router has gone on and refuses this; another router's client must not wait for nothing.
+            superseded = StatusError(grpc.StatusCode.ABORTED, f"epoch {spec.epoch} of {spec.request_id} is here")
+            former.link.put(_failure(former.spec, superseded))
+            self._stop(former)
+        after = self._freeing.get(spec.request_id)
+        running = _Running(spec, link, after, output_tokens=len(spec.output_token_ids))
         self._running[spec.request_id] = running
         running.deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, running)
-        after = former.handoff if former is not None else None
-        running.handoff = asyncio.create_task(self._take_over(running, ticket, traceparent, after))
+        running.handoff = self._instance.background(self._take_over(running, ticket, traceparent))
 
     def cancel(self, link: RouterLink, request_id: str, epoch: int) -> None:
         """Stop a sequence of ``link`` and free its blocks; unknown ones and newer epochs are left alone."""
@@ -113,10 +125,9 @@ class DecodeWorker:
             running.link.put(_failure(running.spec, error))
             self._stop(running)
 
-    async def _take_over(
-        self, running: _Running, ticket: KvTicket, traceparent: str, after: asyncio.Task[None] | None
-    ) -> None:
-        """The handoff. Whatever goes wrong, the blocks are freed and the router hears of it once."""
+    async def _take_over(self, running: _Running, ticket: KvTicket, traceparent: str) -> None:
+        """The handoff. Whatever goes wrong, the blocks are freed and the router hears of it once; who cancels this
+        frees them (``_stop``)."""
         spec = running.spec
         attributes: dict[str, str | int] = {
             names.REQUEST_ID: spec.request_id,
@@ -126,15 +137,13 @@ class DecodeWorker:
         }
         context = context_of(traceparent)
         try:
-            if after is not None:
-                await asyncio.wait([after])
+            if running.after is not None:
+                await asyncio.wait([running.after])
             with tracer().start_as_current_span(names.SPAN_HANDOFF, context, attributes=attributes) as span:
                 await self._pull(spec, ticket, span)
-                await self._instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
+            # Before the start: a sequence may end with its first step, before this has heard that it runs.
             running.span = tracer().start_span(names.SPAN_DECODE, context, attributes=attributes)
-        except asyncio.CancelledError:
-            await self._free(spec)
-            raise
+            await self._instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
         except StatusError as error:
             await self._free(spec)
             if self._running.get(spec.request_id) is running:
@@ -188,10 +197,23 @@ class DecodeWorker:
 
     def _stop(self, running: _Running) -> None:
         """End a sequence that has not ended by itself, and free its blocks."""
-        handing_off = running.handoff is not None and not running.handoff.done()
         self._end(running, FinishReason.CANCELLED)
-        if not handing_off:
-            self._instance.background(self._free(running.spec))
+        request_id = running.spec.request_id
+        freeing = self._freeing[request_id] = self._instance.background(self._free_after_handoff(running))
+
+        def freed(task: asyncio.Task[None]) -> None:
+            if self._freeing.get(request_id) is task:
+                del self._freeing[request_id]
+
+        freeing.add_done_callback(freed)
+
+    async def _free_after_handoff(self, running: _Running) -> None:
+        # A pull that is cancelled may still write for a moment: into blocks that must not be another's by then. That
+        # goes for the former epoch's too, which freeing this one would free.
+        for before in (running.after, running.handoff):
+            if before is not None:
+                await asyncio.wait([before])
+        await self._free(running.spec)
 
     def _end(self, running: _Running, reason: FinishReason | None = None) -> None:
         """Forget a sequence."""
@@ -210,7 +232,7 @@ class DecodeWorker:
         self._instance.membership.report_soon()
 
     async def _free(self, spec: SequenceSpec) -> None:
-        await asyncio.shield(self._instance.engine.call(lambda core: core.cancel(spec.request_id, spec.epoch)))
+        await self._instance.engine.call(lambda core: core.cancel(spec.request_id, spec.epoch))
 
 
 def _failure(spec: SequenceSpec, error: StatusError) -> sequence_pb2.SequenceOutput:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import grpc
 import grpc.aio
+from opentelemetry.trace import SpanKind
 
 from services.prefill.worker import Draining, PrefillFailed, PrefillWorker, WrongModel
 from starmesh.engine.scheduler import CapacityError, DuplicateRequest, QueueFull
+from starmesh.instance.intake import check_sequence
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import tracer
+from starmesh.telemetry.setup import context_of_call, tracer
+from starmesh.transfer.lease import LeaseTableFull
 from starmesh.v1 import prefill_pb2, prefill_pb2_grpc
 
 # A full queue empties at the pace of prompts: about one long prompt on a slow instance.
@@ -30,12 +33,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse],
     ) -> prefill_pb2.PrefillResponse:
         spec = convert.spec(request.sequence)
-        if not spec.request_id:
-            raise bad_field("sequence.request_id", "is empty")
-        if not spec.tokens:
-            raise bad_field("sequence.prompt_token_ids", "is empty")
+        check_sequence(spec)
         attributes = {names.REQUEST_ID: spec.request_id, names.INSTANCE_ID: self._instance_id}
-        with tracer().start_as_current_span(names.SPAN_PREFILL, attributes=attributes) as span:
+        trace = context_of_call(context.invocation_metadata())
+        with tracer().start_as_current_span(
+            names.SPAN_PREFILL, trace, kind=SpanKind.SERVER, attributes=attributes
+        ) as span:
             span.set_attribute(names.EPOCH, spec.epoch)
             span.set_attribute(names.INPUT_TOKENS, spec.tokens)
             try:
@@ -44,7 +47,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 raise retry_later(
                     grpc.StatusCode.UNAVAILABLE, "this instance is draining; use another", RETRY_DELAY_S
                 ) from None
-            except QueueFull as error:
+            except (QueueFull, LeaseTableFull) as error:
                 raise retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), RETRY_DELAY_S) from None
             except WrongModel as error:
                 raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None

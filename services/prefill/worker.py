@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from starmesh.engine.engine import SequenceOutput
-from starmesh.engine.scheduler import DuplicateRequest, SchedulingError
+from starmesh.engine.engine import EngineCore, SequenceOutput
+from starmesh.engine.scheduler import DuplicateRequest, SchedulingError, UnknownRequest
 from starmesh.instance.instance import Instance
 from starmesh.types import FinishReason, InstanceState, KvTicket, SequenceSpec
 
@@ -55,7 +55,7 @@ class PrefillWorker:
     async def prefill(self, spec: SequenceSpec, model_revision: str) -> Prefilled:
         """Run ``spec``'s tokens, sample the next one and lease the blocks. Cancelling it frees everything.
 
-        Raises Draining, WrongModel, PrefillFailed, and what ``EngineCore.add`` raises.
+        Raises Draining, WrongModel, PrefillFailed, LeaseTableFull, and what ``EngineCore.add`` raises.
         """
         instance = self._instance
         if instance.state is not InstanceState.READY:
@@ -63,17 +63,17 @@ class PrefillWorker:
         ours = instance.layout.model_revision
         if model_revision and model_revision != ours:
             raise WrongModel(f"this instance serves model revision {ours}, not {model_revision}")
-        # A recovered request may come back before its former epoch has ended here. The engine drops that one's blocks
-        # when it takes the new one; its lease and whoever waits for it must go too.
-        instance.revoke_lease(spec.request_id, spec.epoch - 1)
-        self._give_up(PrefillFailed("superseded by a newer epoch"), spec.request_id, spec.epoch - 1)
-        done: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
         key = (spec.request_id, spec.epoch)
         if key in self._waiting:
             raise DuplicateRequest(f"{spec.request_id} is in progress here")
+        # A recovered request may come back before its former epoch has ended here: that one's lease, whoever waits for
+        # it and (``_add``) its blocks go, whether or not there is room for the new one.
+        instance.revoke_lease(spec.request_id, spec.epoch - 1)
+        self._give_up(_superseded(spec), spec.request_id, spec.epoch - 1)
+        done: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
         self._waiting[key] = done
         try:
-            await instance.engine.call(lambda core: core.add(spec, hold=True))
+            await instance.engine.call(lambda core: _add(core, spec))
             output = await done
             if output.error is not None:
                 raise PrefillFailed(output.error)
@@ -94,7 +94,13 @@ class PrefillWorker:
     async def _prefilled(self, spec: SequenceSpec, output: SequenceOutput) -> Prefilled:
         ticket = None
         if output.finish_reason is None:
-            block_ids, resident_tokens = await self._instance.engine.call(lambda core: core.held(spec.request_id))
+            try:
+                block_ids, resident_tokens = await self._instance.engine.call(lambda core: core.held(spec.request_id))
+            except UnknownRequest:
+                raise _superseded(spec) from None
+            # A newer epoch that came meanwhile frees these blocks, or they are its own.
+            if any(waiting_id == spec.request_id and epoch > spec.epoch for waiting_id, epoch in self._waiting):
+                raise _superseded(spec)
             ticket = self._instance.lease(spec, block_ids, resident_tokens)
         return Prefilled(
             token_id=output.token_ids[0],
@@ -114,3 +120,12 @@ class PrefillWorker:
             concerned = request_id is None or (waiting_id == request_id and waiting_epoch <= epoch)
             if concerned and not waiting.done():
                 waiting.set_exception(error)
+
+
+def _add(core: EngineCore, spec: SequenceSpec) -> None:
+    core.cancel(spec.request_id, spec.epoch - 1)
+    core.add(spec, hold=True)
+
+
+def _superseded(spec: SequenceSpec) -> PrefillFailed:
+    return PrefillFailed(f"a newer epoch of {spec.request_id} is here")

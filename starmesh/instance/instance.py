@@ -16,6 +16,7 @@ from starmesh.engine.thread import EngineThread
 from starmesh.instance.loading import LoadedEngine, load_engine
 from starmesh.instance.servicer import InstanceServicer
 from starmesh.instance.settings import EngineSettings
+from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
 from starmesh.ledger.redis import RedisLedger
 from starmesh.model_files import DEFAULT_MODEL, fetch_model
@@ -35,7 +36,7 @@ RELEASE_TIMEOUT_S = 5.0
 class Instance:
     """Made by ``open_instance``; add the service's servicer to ``server``, then ``run``."""
 
-    def __init__(self, settings: EngineSettings, role: Role, loaded: LoadedEngine) -> None:
+    def __init__(self, settings: EngineSettings, role: Role, loaded: LoadedEngine, ledger: Ledger) -> None:
         self.instance_id = settings.instance_id
         self.layout = loaded.memory.layout
         self.engine = EngineThread(lambda: loaded.core, self._pass_on)
@@ -54,7 +55,8 @@ class Instance:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._nothing_left = asyncio.Event()
         self._drained = asyncio.Event()
-        self._ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+        self._drain_end: asyncio.Task[None] | None = None
+        self._ledger = ledger
         info = InstanceInfo(
             instance_id=self.instance_id,
             incarnation=secrets.token_hex(8),
@@ -87,9 +89,13 @@ class Instance:
 
     async def load(self) -> InstanceLoad:
         """What it reports of itself, as of between two steps: waits for the step that runs."""
+        # What came before the drain is in a load that was asked for after it.
+        draining = self.state is InstanceState.DRAINING
         load = await self.engine.call(lambda core: core.load())
-        # A drain ends with the first report that finds nothing: each end of a sequence brings a report about.
-        if self.state is InstanceState.DRAINING and load.free_blocks == load.total_blocks and not load.sequences:
+        # A drain ends with the first report that finds nothing, no handoff in progress either: each end of a sequence
+        # brings a report about.
+        idle = load.free_blocks == load.total_blocks and not load.sequences and self._tasks <= {self._drain_end}
+        if draining and idle:
             self._nothing_left.set()
         load = dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
         self._last_load, self._last_load_s = load, self._clock.now_s()
@@ -142,11 +148,12 @@ class Instance:
         self._pulled_with = result.backend
         return result
 
-    def background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run ``work`` to its end without waiting for it; the instance's stop does."""
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``work`` in a task that the instance's stop waits for."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     async def drain(self) -> int:
         """Take nothing new; report DRAINED when the last sequence and lease have gone. Returns the sequences left."""
@@ -155,7 +162,7 @@ class Instance:
         if self.state is InstanceState.READY:
             log.info("draining, %d sequences left", left)
             await self.membership.set_state(InstanceState.DRAINING)
-            self.background(self._finish_drain())
+            self._drain_end = self.background(self._finish_drain())
         return left
 
     async def run(
@@ -200,7 +207,11 @@ class Instance:
             await close()
             await self.server.stop(1.0)
             await self.membership.stop()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # A lease that nobody has ended would keep it waiting: there are no more reports to end a drain with.
+            if self._drain_end is not None:
+                self._drain_end.cancel()
+            while self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._transfer.close()
             await self._channels.close()
             await self.engine.stop()
@@ -251,9 +262,11 @@ class Instance:
 async def open_instance(settings: EngineSettings, role: Role, *, prefix_caching: bool) -> Instance:
     """Fetch and load the model.
 
-    Raises ModelNotFound, UnsupportedModel or ValueError, each with what to do next.
+    Raises LedgerError for a ledger url that is not understood, ModelNotFound, UnsupportedModel or ValueError, each with
+    what to do next.
     """
+    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
     model_dir = await asyncio.to_thread(fetch_model, settings.model or DEFAULT_MODEL, progress=log.info)
     log.info("loading %s on %s (%s)", model_dir.name, settings.device, settings.dtype)
     loaded = await asyncio.to_thread(load_engine, settings, model_dir, prefix_caching=prefix_caching)
-    return Instance(settings, role, loaded)
+    return Instance(settings, role, loaded, ledger)
