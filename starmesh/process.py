@@ -13,13 +13,14 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import uvloop
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from starmesh.telemetry.setup import setup_logging, setup_tracing
+from starmesh.ledger.limits import check_cluster, check_ids
+from starmesh.telemetry.setup import TelemetryConfigError, setup_logging, setup_tracing
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,17 @@ class ServiceSettings(BaseSettings):
     lease_ttl_s: float = Field(6.0, gt=0.2, description="seconds without a report until others take it for dead")
     report_interval_s: float = Field(0.25, gt=0.01, description="seconds between load reports")
     grace_s: float = Field(10.0, ge=0, description="seconds that work in flight has to end after SIGTERM")
-    log_level: str = Field("info", description="debug, info, warning or error")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, and up")
+
+    @field_validator("instance_id", "cluster")
+    @classmethod
+    def _known_to_the_ledger(cls, value: str, info: ValidationInfo) -> str:
+        """Demanded here and not at the first registration: loading a model comes before that."""
+        if info.field_name == "cluster":
+            check_cluster(value)
+        elif value:
+            check_ids(value)
+        return value
 
     def name_instance(self, role: str) -> str:
         """The instance id: as set, or ``role`` with a random suffix."""
@@ -80,7 +91,11 @@ def run_service(
         raise SystemExit(2) from None
     instance_id = settings.name_instance(role)
     setup_logging(instance_id, settings.log_level)
-    end_tracing = setup_tracing(role, instance_id)
+    try:
+        end_tracing = setup_tracing(role, instance_id)
+    except TelemetryConfigError as error:
+        print(f"starmesh {role}: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
 
     async def main() -> None:
         stop = asyncio.Event()

@@ -11,7 +11,6 @@ SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again e
 
 # Events on spans.
 EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
-EVENT_PREEMPTED = "preempted"
 
 # Attributes.
 REQUEST_ID = "starmesh.request_id"
@@ -24,7 +23,6 @@ TRANSFER_BACKEND = "starmesh.transfer_backend"
 TRANSFER_BYTES = "starmesh.transfer_bytes"
 CACHED_TOKENS = "starmesh.cached_tokens"
 RECOVERIES = "starmesh.recoveries"
-REASON = "starmesh.reason"
 MODEL = "gen_ai.request.model"
 OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
