@@ -25,11 +25,18 @@ class LoadedEngine:
 def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bool) -> LoadedEngine:
     """Load the weights and set the KV pool up. Takes seconds: not for the event loop.
 
-    Raises UnsupportedModel, and ValueError when the memory holds no useful number of blocks.
+    Raises UnsupportedModel, and ValueError when the device is not there or the memory holds no KV block.
     """
-    # Here and not above: it costs seconds, which a wrong flag should not.
+    # Here and not above: they cost seconds, which a wrong flag should not.
+    import torch
+
     from starmesh.engine.model import TorchExecutor
 
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {settings.device}: torch {torch.__version__} finds no CUDA device; use --device cpu, or install a "
+            "CUDA build of torch and check that nvidia-smi lists the device"
+        )
     executor = TorchExecutor.load(
         model_dir,
         device=settings.device,
