@@ -34,8 +34,8 @@ def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bo
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {settings.device}: torch {torch.__version__} finds no CUDA device; use --device cpu, or install a "
-            "CUDA build of torch and check that nvidia-smi lists the device"
+            f"--device {settings.device}: torch {torch.__version__} finds no CUDA device; use --device cpu, or "
+            "install a CUDA build of torch and check that nvidia-smi lists the device"
         )
     executor = TorchExecutor.load(
         model_dir,
