@@ -130,6 +130,9 @@ class DecodeLink:
                             receiver.deliver(output)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:
+            log.exception("reading from %s failed", self.instance.instance_id)
+            reason = f"reading its stream failed: {type(error).__name__}"
         finally:
             self.lose(reason)
 

@@ -18,7 +18,7 @@ import grpc
 
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
-from starmesh.ledger import Ledger, LedgerError, LedgerUnavailable, ReservationRefused
+from starmesh.ledger import Ledger, LedgerError, ReservationRefused
 from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
 from starmesh.policy.dispatch import (
     POLICIES,
@@ -220,9 +220,9 @@ class Dispatcher:
                 full.add(decode_id)
                 self._unreserve(demand.request_id, decision)
                 continue
-            except LedgerUnavailable as error:
+            except LedgerError as error:
                 log.debug("no ledger to reserve in: %s", error)
-            except asyncio.CancelledError:
+            except BaseException:
                 if decision.prefill is not None:
                     self._local.remove(demand.request_id, decision.prefill.instance_id)
                 raise

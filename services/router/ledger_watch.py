@@ -38,8 +38,12 @@ class LedgerWatch:
         """Look again and again, until cancelled. ``on_view`` gets the instances that have been missing from the ledger
         for more than a moment; none while it does not answer."""
         while True:
-            await self.refresh()
-            await on_view(self.local.missing(self._loop.time()) if self.available else set())
+            try:
+                await self.refresh()
+                await on_view(self.local.missing(self._loop.time()) if self.available else set())
+            except Exception:
+                # A router that looks no more would place requests by an old view for ever.
+                log.exception("a look at the ledger failed")
             await asyncio.sleep(self._interval_s)
 
     async def refresh(self) -> ClusterView:

@@ -14,13 +14,19 @@ from collections.abc import Callable
 import grpc
 
 from starmesh.ledger import Ledger, LedgerError, LedgerUnavailable, OwnershipConflict
-from starmesh.rpc.status import StatusError
+from starmesh.rpc.status import StatusError, bad_field
 from starmesh.types import Ownership
 
 log = logging.getLogger(__name__)
 
 # Each turn has seen another owner than the one before: far more than a request has migrations at a time.
 _MAX_CLAIMS = 4
+
+
+def duplicate_id(request_id: str) -> StatusError:
+    """What a client hears that chose the id of a request in flight."""
+    description = f"a request {request_id} is in flight; choose another id or wait for its end"
+    return bad_field("request_id", description, code=grpc.StatusCode.ALREADY_EXISTS)
 
 
 class Owners:
@@ -50,10 +56,7 @@ class Owners:
                 await self._ledger.claim(request_id, instance_id, expected=expected, epoch=epoch, ttl_s=self._ttl_s)
             except OwnershipConflict as conflict:
                 if mine is None and conflict.current is not None:
-                    raise StatusError(
-                        grpc.StatusCode.ALREADY_EXISTS,
-                        f"request_id: a request {request_id} is in flight; choose another id or wait for its end",
-                    ) from None
+                    raise duplicate_id(request_id) from None
                 # A ledger that restarted empty, or an owner that this router has not heard of yet.
                 expected = conflict.current
                 epoch = max(epoch, expected.epoch + 1 if expected is not None else 1)
@@ -82,7 +85,13 @@ class Owners:
         """Renew all entries again and again; ends by cancellation."""
         while True:
             await asyncio.sleep(self._ttl_s / 3)
-            with contextlib.suppress(LedgerError):
-                if self._owned:
-                    epochs = {request_id: owned.epoch for request_id, owned in self._owned.items()}
-                    await self._ledger.renew(epochs, ttl_s=self._ttl_s)
+            epochs = {request_id: owned.epoch for request_id, owned in self._owned.items()}
+            if not epochs:
+                continue
+            try:
+                await self._ledger.renew(epochs, ttl_s=self._ttl_s)
+            except LedgerError as error:
+                log.debug("no ledger to renew entries in: %s", error)
+            except Exception:
+                # One bad entry must not let all others expire.
+                log.exception("renewing %d ownership entries failed", len(epochs))

@@ -66,7 +66,10 @@ class PrefillCalls:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                call.cancel()
+                if not call.cancel():
+                    # It had just ended: the blocks that it leased are for nobody.
+                    with contextlib.suppress(grpc.aio.AioRpcError):
+                        self.release((await call).ticket)
                 raise
             raise InstanceLost(instance.instance_id, "its lease in the ledger ended") from None
         finally:

@@ -15,10 +15,11 @@ from opentelemetry.context import Context
 
 from services.router.flight import Flight
 from services.router.life import Life, Parts
+from services.router.owners import duplicate_id
 from services.router.retries import RETRY_DELAY_S
 from services.router.validation import check_request
 from starmesh.rpc import convert
-from starmesh.rpc.status import StatusError, retry_later
+from starmesh.rpc.status import retry_later
 from starmesh.types import FinishReason
 from starmesh.v1 import inference_pb2
 
@@ -77,10 +78,7 @@ class Router:
         request_id = request.request_id or secrets.token_hex(12)
         former = self._entries.get(request_id)
         if former is not None and not former.closed:
-            raise StatusError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                f"request_id: a request {request_id} is in flight; choose another id or wait for its end",
-            )
+            raise duplicate_id(request_id)
         if len(self._entries) >= settings.max_requests:
             raise retry_later(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -145,5 +143,10 @@ class Router:
 async def _run_after(former: asyncio.Task[None] | None, life: Life, parent: Context) -> None:
     """Run ``life`` when the last request of the same id has cleaned up: its clean-up is by id."""
     if former is not None:
-        await asyncio.wait([former])
+        try:
+            await asyncio.wait([former])
+        except asyncio.CancelledError:
+            # Whoever comes third waits for this task only.
+            await asyncio.wait([former])
+            raise
     await life.run(parent)

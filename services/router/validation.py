@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
 
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field
@@ -71,11 +70,7 @@ def check_length(
         raise bad_field(field, "is empty once tokenised; send at least one token")
     room = facts.context_tokens - prompt_tokens
     if room < 1:
-        raise bad_field(
-            field,
-            f"has {prompt_tokens} tokens, but the context of {facts.context_tokens} tokens must hold the prompt "
-            f"and at least one output token; send at most {facts.context_tokens - 1}",
-        )
+        raise _too_long(field, prompt_tokens, facts)
     sampling = request.sampling
     max_output_tokens = room
     if sampling.HasField("max_output_tokens"):
@@ -125,6 +120,9 @@ def _check_input(request: inference_pb2.GenerateRequest, facts: ModelFacts) -> N
             token_ids = request.token_ids.token_ids
             if not token_ids:
                 raise bad_field("token_ids.token_ids", "is empty; send at least one token")
+            # Before the look at each of them: a message holds millions, and the event loop waits meanwhile.
+            if len(token_ids) >= facts.context_tokens:
+                raise _too_long("token_ids.token_ids", len(token_ids), facts)
             for index, token_id in enumerate(token_ids):
                 if not 0 <= token_id < facts.vocabulary_tokens:
                     raise bad_field(
@@ -132,6 +130,14 @@ def _check_input(request: inference_pb2.GenerateRequest, facts: ModelFacts) -> N
                     )
         case _:
             raise bad_field("input", "is not set; set one of text, chat and token_ids")
+
+
+def _too_long(field: str, prompt_tokens: int, facts: ModelFacts) -> StatusError:
+    return bad_field(
+        field,
+        f"has {prompt_tokens} tokens, but the context of {facts.context_tokens} tokens must hold the prompt "
+        f"and at least one output token; send at most {facts.context_tokens - 1}",
+    )
 
 
 def _check_chat(chat: inference_pb2.Chat, facts: ModelFacts) -> None:
@@ -183,9 +189,4 @@ def _check_range(name: str, value: float, low: float, high: float, *, open_low: 
 
 def _unknown_model(served: str) -> StatusError:
     description = f"is not served here; leave it empty or send {served!r}"
-    violation = error_details_pb2.BadRequest.FieldViolation(field="model", description=description)
-    return StatusError(
-        grpc.StatusCode.NOT_FOUND,
-        f"model: {description}",
-        error_details_pb2.BadRequest(field_violations=[violation]),
-    )
+    return bad_field("model", description, code=grpc.StatusCode.NOT_FOUND)

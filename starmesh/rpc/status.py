@@ -78,14 +78,10 @@ class StatusError(Exception):
         ]
 
 
-def bad_field(field: str, description: str) -> StatusError:
-    """INVALID_ARGUMENT naming one field of the request."""
+def bad_field(field: str, description: str, *, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> StatusError:
+    """A failure for which one field of the request is to blame; BadRequest names it."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
-    return StatusError(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        f"{field}: {description}",
-        error_details_pb2.BadRequest(field_violations=[violation]),
-    )
+    return StatusError(code, f"{field}: {description}", error_details_pb2.BadRequest(field_violations=[violation]))
 
 
 def retry_later(code: grpc.StatusCode, message: str, delay_s: float) -> StatusError:

@@ -161,6 +161,7 @@ async def test_an_id_in_flight_is_taken_and_free_afterwards(mesh: Mesh) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await mesh.generate(request_id="same").read()
     assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert from_rpc_error(caught.value).fields == ["request_id"]
     first.cancel()
     await mesh.nothing_left()
     mesh.decodes[0].pause_after = None

@@ -50,6 +50,7 @@ BAD = [
     (tokens(), "token_ids.token_ids"),
     (tokens(1, 2, -1), "token_ids.token_ids[2]"),
     (tokens(100), "token_ids.token_ids[0]"),
+    (tokens(*[-1] * 64), "token_ids.token_ids"),  # too many are not looked at one by one
     (request(request_id="a b"), "request_id"),
     (request(request_id="x" * 129), "request_id"),
     (request(request_id="ok\n"), "request_id"),
