@@ -1,4 +1,4 @@
-"""Measurements, each run as ``python -m benchmarks.NAME [--quick]``; the last line that it prints is one JSON object."""
+"""Measurements, each run as ``python -m benchmarks.NAME [--quick]``; the last line is one JSON object."""
 
 import os
 
