@@ -196,7 +196,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     model = arguments.model or fetch_model()
     quick = Plan(rounds=1, single=3, loaded=6, rate=1.5, output_tokens=12)
-    plan = quick if arguments.quick else Plan(rounds=5, single=5, loaded=16, rate=0.8, output_tokens=48)
+    plan = quick if arguments.quick else Plan(rounds=3, single=5, loaded=16, rate=0.8, output_tokens=48)
     if arguments.direct:
         asyncio.run(serve_direct(model, plan))
         return
