@@ -13,6 +13,8 @@ What NIXL 1.5 does that shapes this file (observed):
   takes: READs are posted in windows, for others to get their turn.
 - NIXL's own Python wrapper starts the progress thread with a delay of 0, which spins: a whole core for as long as the
   agent lives. So this file calls the bindings below the wrapper, where the delay can be set.
+- Taking in a peer's metadata connects to it, and blocks for as long as TCP tries: minutes where a firewall drops what
+  we send. Nothing is read before that, so it is a step of its own that a pull need not wait for.
 - A removed peer that is added again at once may fail to connect. Names are new with every incarnation and agent, so
   only a peer that failed comes back under its name, and the puller leaves it alone for a while.
 """
@@ -50,6 +52,9 @@ POLL_S = 0.0002
 
 PROGRESS_INTERVAL_US = 10_000
 """How often the progress thread looks around by itself; it wakes at once for what arrives."""
+
+CONNECT_TIMEOUT_S = 5.0
+"""How long a pull waits for a connection to its peer before it goes another way."""
 
 CANCEL_GRACE_S = 1.0
 """How long a cancelled READ may take to end by itself before the agent is given up."""
@@ -102,6 +107,7 @@ class NixlAgent:
         """Made by ``open``. ``name`` is unique in the cluster."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nixl")
         self._native = _NativeAgent(api, memory, name)
+        self._connecting: tuple[str, asyncio.Future[None]] | None = None
 
     @classmethod
     async def open(cls, api: ModuleType, memory: BlockMemory, name: str) -> NixlAgent:
@@ -135,21 +141,47 @@ class NixlAgent:
         await to_its_end(self._read(read, block_ids, local_block_ids), on_cancel=read.hurry)
 
     async def forget(self, agent_name: str) -> None:
-        """Disconnect from a peer's agent once no READ from it is under way."""
-        await self._call(self._native.forget, agent_name)
+        """Disconnect from a peer's agent once no READ from it is under way, and no connection is tried."""
+        forgetting = asyncio.ensure_future(self._call(self._native.forget, agent_name))
+        if not self._stuck:
+            await forgetting
 
     async def close(self) -> None:
-        """Stop the agent: READs under way fail, the memory is deregistered."""
-        await self._call(self._native.stop)
+        """Stop the agent: READs under way fail, the memory is deregistered. One that still tries to connect is left to
+        the end of the process."""
+        if not self._stuck:
+            await self._call(self._native.stop)
         self._thread.shutdown(wait=False)
 
     async def _read(self, read: _Read, block_ids: Sequence[int], local_block_ids: Sequence[int]) -> None:
+        await self._connect(read.peer)
         window = max(1, WINDOW_BYTES // read.peer.block_bytes)
         for start in range(0, len(block_ids), window):
             runs = merge_runs(block_ids[start : start + window], local_block_ids[start : start + window])
             await self._call(self._native.post, read, list(runs))
             while not await self._call(self._native.watch, read):
                 pass
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether the thread tries to connect, for nobody knows how long."""
+        return self._connecting is not None and not self._connecting[1].done()
+
+    async def _connect(self, peer: transfer_pb2.NixlEndpoint) -> None:
+        """Connect to a peer, after others that do. Raises NixlError after CONNECT_TIMEOUT_S; the thread may try on, and
+        all pulls that need it are told so at once or as late."""
+        deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+        while not self._native.connected(peer):
+            if self._connecting is None or self._connecting[1].done():
+                self._connecting = (peer.agent, asyncio.ensure_future(self._call(self._native.connect, peer)))
+            name, attempt = self._connecting
+            await asyncio.wait([attempt], timeout=max(0.0, deadline_s - time.monotonic()))
+            if not attempt.done():
+                raise NixlError(
+                    f"no connection to {name} after {CONNECT_TIMEOUT_S:g} s; do firewalls let its ports through?"
+                )
+            if name == peer.agent:
+                attempt.result()
 
     async def _call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -209,18 +241,29 @@ class _NativeAgent:
         self._forgotten.clear()
         self._agent = None  # the only reference
 
-    def post(self, read: _Read, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Start a READ of (remote first, local first, blocks). Raises NixlError."""
+    def connected(self, peer: transfer_pb2.NixlEndpoint) -> bool:
+        """Whether ``connect`` has succeeded, and nothing has ended the connection since. From any thread."""
+        return peer.agent in self._peers
+
+    def connect(self, peer: transfer_pb2.NixlEndpoint) -> None:
+        """Connect to a peer; may block for minutes. Raises NixlError."""
         if self._agent is None:
             self.start()
+        try:
+            self._agent.loadRemoteMD(peer.metadata)
+        except Exception as error:
+            raise NixlError(f"connecting to {peer.agent}: {error!r}") from error
+        self._peers.add(peer.agent)
+
+    def post(self, read: _Read, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Start a READ of (remote first, local first, blocks). Raises NixlError."""
+        if not self.connected(read.peer):
+            raise NixlError(f"READ from {read.peer.agent}: the connection has ended")
         peer, size = read.peer, self._block_bytes
         self._forgotten.discard(peer.agent)
         ours = [(self._range.address + local * size, blocks * size, self._range.device) for _, local, blocks in runs]
         theirs = [(peer.base_address + first * size, blocks * size, peer.device) for first, _, blocks in runs]
         try:
-            if peer.agent not in self._peers:
-                self._agent.loadRemoteMD(peer.metadata)
-                self._peers.add(peer.agent)
             read.handle = self._agent.createXferReq(
                 self._api.NIXL_READ,
                 self._api.nixlXferDList(self._segments[self._range.memory], ours),

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -118,6 +120,38 @@ async def test_one_backend_in_common_is_enough() -> None:
         holder_process([STREAM], layout=LAYOUT, blocks=BLOCKS) as holder,
     ):
         assert (await pull_all(target, holder)).backend is STREAM
+
+
+@needs_nixl
+async def test_a_connection_that_hangs_costs_a_pull_little_and_the_next_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A firewall that drops what NIXL sends makes it try for minutes: pulls go by stream meanwhile."""
+    api = load_nixl()
+    assert api is not None
+    let_through = threading.Event()
+
+    class Hanging(api.nixlAgent):  # type: ignore[name-defined,misc]
+        def loadRemoteMD(self, metadata: bytes) -> object:  # noqa: N802 - NIXL's name
+            assert let_through.wait(60)
+            return super().loadRemoteMD(metadata)
+
+    monkeypatch.setattr(
+        "starmesh.transfer.ends.load_nixl", lambda: SimpleNamespace(**vars(api) | {"nixlAgent": Hanging})
+    )
+    monkeypatch.setattr("starmesh.transfer.nixl.CONNECT_TIMEOUT_S", 0.1)
+    async with (
+        target_instance([NIXL, STREAM]) as target,
+        holder_process([NIXL, STREAM], layout=LAYOUT, blocks=BLOCKS) as holder,
+        holder_process([NIXL, STREAM], layout=LAYOUT, blocks=BLOCKS) as other,
+    ):
+        try:
+            assert (await pull_all(target, holder)).backend is STREAM
+            assert (await pull_all(target, other)).backend is STREAM
+        finally:
+            let_through.set()
+        target.transfer.puller._terms.clear()  # as if the time by stream were over
+        assert (await pull_all(target, holder)).backend is NIXL
 
 
 @needs_nixl
