@@ -25,7 +25,8 @@ class InstanceSkip(Enum):
 
 
 class SequenceSkip(Enum):
-    """Why a sequence of an overloaded (or draining, or overfull) instance was not moved; the first that applies."""
+    """Why a sequence of an overloaded (or draining, or overfull) instance was not moved: the first that applies, with
+    the moves of the round made."""
 
     IN_FLIGHT = "in_flight"
     COOLING_DOWN = "cooling_down"
@@ -37,7 +38,7 @@ class SequenceSkip(Enum):
     NOT_AMORTISED = "not_amortised"
     """It will end too soon to be worth its transfer."""
     BUDGET = "budget"
-    """Enough migrations are under way, or others gain more."""
+    """Enough migrations are under way: it may be its turn in the next round."""
     NO_TARGET = "no_target"
     """No instance is fit to receive."""
     NO_ROOM = "no_room"
