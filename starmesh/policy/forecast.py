@@ -20,7 +20,8 @@ UNKNOWN = -1
 def token_steps(tokens: Integers, remaining: Integers, horizon: int) -> Integers:
     """The sum of n(t) over t = 0..horizon, [sequences]; divided by horizon + 1 it is the mean load.
 
-    With m = min(horizon, y) that is (m+1)c + m(m+1)/2 (PAPER: the closed form of STAR's load over time is ours).
+    With m = min(horizon, y) that is (m+1)c + m(m+1)/2: our form of what STAR calls a
+    request's load over time.
     """
     last = np.minimum(remaining, horizon)
     ends = (last + 1) * tokens + last * (last + 1) // 2
@@ -34,8 +35,10 @@ def sample_steps(horizon: int, count: int) -> Integers:
 
 def tokens_at(tokens: Integers, remaining: Integers, steps: Integers) -> Integers:
     """n(t) at each of ``steps``, [sequences, steps]."""
-    tokens, remaining = tokens[:, None], remaining[:, None]
-    return np.where(remaining == UNKNOWN, tokens, np.where(steps <= remaining, tokens + steps, 0))
+    known = (remaining != UNKNOWN)[:, None]
+    held: Integers = tokens[:, None] + steps * known
+    held *= (steps <= remaining[:, None]) | ~known
+    return held
 
 
 def bin_edges(horizon: int, count: int) -> tuple[Integers, Integers]:

@@ -63,8 +63,8 @@ class ReschedulingConfig:
     another in the same round is unknown."""
 
     cool_down_s: float = 10.0
-    """How long a moved sequence stays, its source receives nothing and its target sends nothing (drains and memory
-    pressure of others excepted). The paper's is unknown; our choice: some ten rounds."""
+    """How long a moved sequence stays, its source receives nothing and its target sends nothing (drains excepted).
+    The paper's is unknown; our choice: some ten rounds."""
 
     failure_cool_down_s: float = 10.0
     """As ``cool_down_s`` after a failed move of a sequence; doubled with each further failure, up to 64 times this. Our

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
@@ -140,11 +139,12 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     counts = np.array([len(load.sequences) for load in loads], dtype=np.int64)
     first_row = np.concatenate(([0], np.cumsum(counts)))
     owner = np.repeat(np.arange(len(instances)), counts)
-    output = _column(sequences, "output_tokens")
-    tokens = _column(sequences, "prompt_tokens") + output
-    resident = _column(sequences, "resident_tokens")
+    output = _column([known.output_tokens for known in sequences])
+    tokens = _column([known.prompt_tokens for known in sequences]) + output
+    resident = _column([known.resident_tokens for known in sequences])
+    most = _column([known.max_output_tokens for known in sequences])
     longest = np.array([instance.info.max_sequence_tokens or _ENDLESS for instance in instances], dtype=np.int64)
-    limit = np.minimum(_column(sequences, "max_output_tokens") - output, longest[owner] - tokens).clip(min=0)
+    limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
     remaining, upper = _estimates(sequences, limit, config, foresight)
     reserved = np.array([instance.reserved_tokens for instance in instances], dtype=np.int64)
     weights, steps = _weights(tokens, remaining, config, foresight)
@@ -186,12 +186,12 @@ def _estimates(
     unknown = np.full(len(sequences), UNKNOWN, dtype=np.int64)
     if foresight is Foresight.NOW:
         return unknown, limit
-    median = _optional_column(sequences, "remaining_tokens")
-    age = _optional_column(sequences, "prediction_age_tokens")
+    median = _optional_column([known.remaining_tokens for known in sequences])
+    age = _optional_column([known.prediction_age_tokens for known in sequences])
     believed = (median > 0) & (age <= config.max_prediction_age_tokens)
     if not believed.any():
         return unknown, limit
-    quantile = _optional_column(sequences, "remaining_tokens_upper")
+    quantile = _optional_column([known.remaining_tokens_upper for known in sequences])
     remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
     bounded = believed & (quantile > 0)
     return remaining, np.where(bounded, np.minimum(np.maximum(quantile, median), limit), limit)
@@ -233,20 +233,20 @@ def _load(instance: InstanceView) -> InstanceLoad:
     return instance.load
 
 
-def _column(sequences: list[SequenceLoad], name: str) -> Integers:
-    return np.fromiter(map(attrgetter(name), sequences), dtype=np.int64, count=len(sequences))
+def _column(values: list[int]) -> Integers:
+    return np.fromiter(values, dtype=np.int64, count=len(values))
 
 
-def _optional_column(sequences: list[SequenceLoad], name: str) -> Integers:
+def _optional_column(values: list[int | None]) -> Integers:
     """None as UNKNOWN."""
-    values = map(attrgetter(name), sequences)
-    known = (UNKNOWN if value is None else value for value in values)
-    return np.fromiter(known, dtype=np.int64, count=len(sequences))
+    return _column([UNKNOWN if value is None else value for value in values])
 
 
 def _sum_rows(values: npt.NDArray[_Number], first_row: Integers) -> npt.NDArray[_Number]:
     """Sums of an instance's rows, 0 for those without any."""
-    nothing = np.zeros((1, *values.shape[1:]), dtype=values.dtype)
-    sums = np.concatenate((nothing, np.cumsum(values, axis=0)))
-    between: npt.NDArray[_Number] = sums[first_row[1:]] - sums[first_row[:-1]]
-    return between
+    sums = np.zeros((len(first_row) - 1, *values.shape[1:]), dtype=values.dtype)
+    filled = first_row[1:] > first_row[:-1]
+    if filled.any():
+        # The sum from each start to the next one: instances without rows lie between at no cost.
+        sums[filled] = np.add.reduceat(values, first_row[:-1][filled], axis=0)
+    return sums

@@ -13,15 +13,14 @@ from starmesh.policy.forecast import Integers, sample_steps, tokens_at
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Round
 from starmesh.policy.rescheduling.steps import by_request_id, candidates
-from starmesh.types import InstanceState, MigrationReason
+from starmesh.types import MigrationReason
 
 
 def drain(round_: Round) -> None:
     """Move the sequences of draining instances away, the longest first: they take longest, and are hardest to place."""
     group = round_.group
-    for source, instance in enumerate(group.instances):
-        if instance.info.state is not InstanceState.DRAINING:
-            continue
+    # All that are measured are either ready or draining.
+    for source in np.flatnonzero(~group.ready).tolist():
         rows = by_request_id(round_, round_.screen(group.rows_of(source), drain=True))
         for row in rows[np.argsort(-group.tokens[rows], kind="stable")].tolist():
             if round_.budget <= 0 or round_.ends.sending_slots[source] <= 0:

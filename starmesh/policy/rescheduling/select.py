@@ -72,7 +72,9 @@ class Moves:
         self._left = np.ones(len(self.rows), dtype=np.bool_)
         self._drops = np.zeros((len(self.rows), len(self.targets)))
         self._fits = np.zeros(self._drops.shape, dtype=np.bool_)
-        self._rate(np.arange(len(self.rows)), np.arange(len(self.targets)))
+        everyone, everywhere = np.arange(len(self.rows)), np.arange(len(self.targets))
+        self._rate(everyone, everywhere)
+        self._fit(everywhere)
 
     def best(self) -> tuple[int, int, float] | None:
         """The row in the group, the target and the drop of the move that is worth most; None if none is worth it."""
@@ -85,14 +87,12 @@ class Moves:
         return int(self.rows[row]), int(self.targets[column]), float(self._drops[row, column])
 
     def taken(self, row: int, target: int) -> None:
-        """A move was made: rate again what it touches, the candidates of its source and the target's column."""
+        """A move was made: rate again what leaves from either end or goes there, and the target's room."""
         self._left &= self.rows != row
         source = self._round.group.owner[row]
-        columns = np.arange(len(self.targets))
-        self._rate(np.flatnonzero(self._sources == source), columns)
-        # Its ends may be source and target of others' comparisons.
+        self._rate(np.flatnonzero((self._sources == source) | (self._sources == target)), np.arange(len(self.targets)))
         self._rate(np.arange(len(self.rows)), np.flatnonzero((self.targets == target) | (self.targets == source)))
-        self._rate(np.flatnonzero(self._sources == target), columns)
+        self._fit(np.flatnonzero(self.targets == target))
 
     def explain(self) -> None:
         """Give those that stay their reasons."""
@@ -109,9 +109,10 @@ class Moves:
         round_ = self._round
         weights = round_.group.weights[self.rows[rows]][:, None, :]
         gaps = round_.loads[self._sources[rows]][:, None, :] - round_.loads[self.targets[columns]][None, :, :]
-        where = np.ix_(rows, columns)
-        self._drops[where] = -2.0 * (weights * (weights - gaps)).sum(axis=2)
-        self._fits[where] = round_.fits(self.rows[rows], self.targets[columns])
+        self._drops[np.ix_(rows, columns)] = -2.0 * (weights * (weights - gaps)).sum(axis=2)
+
+    def _fit(self, columns: Integers) -> None:
+        self._fits[:, columns] = self._round.fits(self.rows, self.targets[columns])
 
     def _net(self) -> Floats:
         net: Floats = self._drops * self._worth.price - self._costs[:, None]
