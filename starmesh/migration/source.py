@@ -62,7 +62,6 @@ class SourceKind(Enum):
     OWNER_MOVED = auto()
     OWNER_TAKEN_BACK = auto()
     OWNER_OTHER = auto()
-    OWNER_NONE = auto()
     LEDGER_SILENT = auto()
     PREEMPTED = auto()
     FINISHED = auto()
@@ -112,9 +111,8 @@ TABLE: Final[Table[SourceState, SourceKind, SourceEffect]] = {
     (_S.ASKING, _K.OWNER_BEFORE): (_S.TAKING_BACK, (TakeBack,)),
     **rows((_S.TAKING_BACK, _S.ASKING), _K.OWNER_TAKEN_BACK, (_S.STAYED, (Resume, Abort))),
     **rows((_S.TAKING_BACK, _S.ASKING), _K.OWNER_MOVED, (_S.MOVED, (Drop, TellMoved))),
-    **rows((_S.TAKING_BACK, _S.ASKING), _K.OWNER_OTHER, (_S.ENDED, (Drop, Abort))),
-    # A ledger that lost its entries knows nothing of a commit either.
-    **rows((_S.TAKING_BACK, _S.ASKING), _K.OWNER_NONE, (_S.IN_DOUBT, (Drop, TellMoved))),
+    # A ledger that names neither end (it lost its entries, or has others' of before) knows of no commit either.
+    **rows((_S.TAKING_BACK, _S.ASKING), _K.OWNER_OTHER, (_S.IN_DOUBT, (Drop, TellMoved))),
     **rows((_S.TAKING_BACK, _S.ASKING), _K.TIMED_OUT, (_S.IN_DOUBT, (Drop, TellMoved))),
     **rows((_S.TAKING_BACK, _S.ASKING), _K.CANCELLED, (_S.ENDED, (Drop, Abort))),
     **rows((_S.TAKING_BACK, _S.ASKING), _K.COMMITTED, (_S.MOVED, (Drop, TellMoved))),
@@ -132,8 +130,7 @@ _CAUSES: Final = {
     _K.FINISHED: Cause.FINISHED,
     _K.CANCELLED: Cause.CANCELLED,
     _K.OWNER_TAKEN_BACK: Cause.TARGET_SILENT,
-    _K.OWNER_OTHER: Cause.SUPERSEDED,
-    _K.OWNER_NONE: Cause.LEDGER_SILENT,
+    _K.OWNER_OTHER: Cause.OWNER_UNKNOWN,
 }
 
 
@@ -168,7 +165,7 @@ def classify(end: SourceEnd, event: SourceEvent) -> SourceKind:
                 end.terms.moved: _K.OWNER_MOVED,
                 end.terms.taken_back: _K.OWNER_TAKEN_BACK,
             }
-            return _K.OWNER_NONE if owner is None else known.get(owner, _K.OWNER_OTHER)
+            return _K.OWNER_OTHER if owner is None else known.get(owner, _K.OWNER_OTHER)
         case _:
             return _PLAIN[type(event)]
 

@@ -48,7 +48,7 @@ class Cause(Enum):
     FINISHED = "finished"
     CANCELLED = "cancelled"
     SUPERSEDED = "superseded"
-    LEDGER_SILENT = "ledger silent"
+    OWNER_UNKNOWN = "owner unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
