@@ -21,7 +21,7 @@ def run(seed: int, *, verbose: bool = False) -> World:
     world = World()
     chances = {
         world.network_faults: draw.choice((0, 0.02, 0.1)),
-        world.ledger_faults: draw.choice((0, 0.05, 0.4)),
+        world.ledger_faults: draw.choice((0, 0.1, 0.5, 0.8)),
         world.preemptions: draw.choice((0, 0.01, 0.05)),
         world.timers: draw.choice((0, 0.01, 0.05)),
         world.disasters: draw.choice((0, 0.01, 0.03)),

@@ -12,7 +12,7 @@ from starmesh.migration import source_record as sr
 from starmesh.migration import target_effects as te
 from starmesh.migration import target_record as tr
 from starmesh.migration.terms import Limits, Reason, Terms
-from starmesh.types import KvLayout, KvTicket
+from starmesh.types import KvLayout, KvTicket, Ownership
 from tests.migration.engine_model import BLOCK_TOKENS, blocks_for
 from tests.migration.wire_model import LedgerCall, Output
 from tests.migration.worker_model import Worker
@@ -122,6 +122,8 @@ class SourceShell(Worker):
         if sequence is not None and sequence.epoch == epoch and sequence.status == "held":
             sequence.status = "running"
             sequence.epoch = new_epoch
+            won = new_epoch == epoch or (request_id, Ownership(self.id, new_epoch)) in self.world.won
+            assert won, f"{self.id} resumes {request_id} unowned"
 
     def export(self, request_id: str, moving: Source) -> None:
         sequence = self.sequences.get(request_id)

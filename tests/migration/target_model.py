@@ -11,7 +11,7 @@ from starmesh.migration import target_effects as te
 from starmesh.migration import target_record as tr
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.terms import Refusal, Terms
-from starmesh.types import KvTicket, SequenceSpec
+from starmesh.types import KvTicket, Ownership, SequenceSpec
 from tests.migration.engine_model import Sequence
 from tests.migration.source_model import LIMITS
 from tests.migration.wire_model import LedgerCall, Output
@@ -27,13 +27,13 @@ class Target:
     timer: bool = False
     reserve_call: int = 0
     call: int = 0
-    pull: Pulling | None = None
 
 
 @dataclass(eq=False)
 class Pulling:
     """A pull under way: blocks are read one at a time, then the holder confirms the lease."""
 
+    taking: Target
     ticket: KvTicket
     local_block_ids: tuple[int, ...]
     holder: Instance
@@ -47,6 +47,7 @@ class TargetShell(Worker):
     def __init__(self, world: Any, instance_id: str) -> None:
         super().__init__(world, instance_id)
         self.targets: dict[str, Target] = {}
+        self.pulls: list[Pulling] = []
 
     def called(self, call: int, terms: Terms, request: tuple[str, Any]) -> None:
         kind, body = request
@@ -94,10 +95,10 @@ class TargetShell(Worker):
                     world.answer(taking.reserve_call, effect)
                 case te.Pull(ticket, local_block_ids):
                     holder = world.lives[terms.source_id]
-                    taking.pull = Pulling(ticket, local_block_ids, holder)
+                    self.pulls.append(Pulling(taking, ticket, local_block_ids, holder))
                 case te.StopPull():
-                    assert taking.pull is not None
-                    taking.pull.stopped = True
+                    for pull in self.pulls:
+                        pull.stopped = pull.stopped or pull.taking is taking
                 case te.AnswerCopied() | te.AnswerCommitted() | te.AnswerDeclined():
                     world.answer(taking.call, effect)
                 case te.AnswerUndecided():
@@ -148,6 +149,7 @@ class TargetShell(Worker):
 
     def begin(self, taking: Target, spec: SequenceSpec, epoch: int, resident_tokens: int) -> None:
         request_id = spec.request_id
+        assert (request_id, Ownership(self.id, epoch)) in self.world.won, f"{self.id} starts {request_id} unowned"
         assert self.incoming[request_id][0] == epoch
         _, block_ids = self.incoming.pop(request_id)
         token_ids = [*spec.prompt_token_ids, *spec.output_token_ids]
@@ -162,21 +164,20 @@ class TargetShell(Worker):
         if self.targets.get(taking.end.terms.reservation_id) is taking:
             self.on_target(taking.end.terms.reservation_id, event)
 
-    def pull_some(self, taking: Target) -> None:
+    def pull_some(self, pull: Pulling) -> None:
         """Read one block, or have the lease confirmed, or break off."""
-        pull = taking.pull
-        assert pull is not None
         if not pull.stopped and pull.holder.alive and pull.read < len(pull.local_block_ids):
             local = pull.local_block_ids[pull.read]
-            assert local in self.incoming[taking.end.terms.request_id][1], "a pull writes into a block that was freed"
+            _, reserved = self.incoming.get(pull.taking.end.terms.request_id, (0, []))
+            assert local in reserved, f"a pull writes into block {local} of {self.id}, which was freed"
             self.content[local] = pull.holder.content[pull.ticket.block_ids[pull.read]]
             pull.read += 1
             return
         confirmed = not pull.stopped and pull.holder.alive and pull.ticket.lease_id in pull.holder.leases
         if confirmed:
             del pull.holder.leases[pull.ticket.lease_id]
-        self.pull_ended(taking, tr.Pulled() if confirmed else tr.PullFailed())
+        self.pull_ended(pull, tr.Pulled() if confirmed else tr.PullFailed())
 
-    def pull_ended(self, taking: Target, event: tr.TargetEvent) -> None:
-        taking.pull = None
-        self.on_target(taking.end.terms.reservation_id, event)
+    def pull_ended(self, pull: Pulling, event: tr.TargetEvent) -> None:
+        self.pulls.remove(pull)
+        self.to_target(pull.taking, event)

@@ -93,6 +93,28 @@ def test_every_fault_at_every_point_of_a_migration() -> None:
     assert {"NoAnswer -> TAKING_BACK", "OwnerIs -> MOVED", "OwnerIs -> STAYED", "AbortAsked -> STOPPING"} <= met
 
 
+def test_two_faults_during_a_migration() -> None:
+    """A fault of every kind at every point, and another one a little later."""
+    draw = random.Random(11)
+    for step in range(20, 60):
+        for number in range(200):
+            world = decoding_world()
+            walk(world, step)
+            kinds = (world.network_faults, world.ledger_faults, world.timers, world.disasters)
+            faults = [action for kind in kinds for action in kind()]
+            if number >= len(faults):
+                break
+            story = [faults[number]]
+            try:
+                story[0][1]()
+                walk(world, draw.randint(0, 6), order_at=-1)
+                story.append(draw.choice([action for kind in kinds for action in kind()]))
+                story[1][1]()
+                heal(world)
+            except Exception as error:
+                raise AssertionError(f"{[name for name, _ in story]} from {step}: {error!r}, {world.log}") from error
+
+
 @pytest.mark.parametrize("first", range(0, SEEDS, 50))
 def test_many_faults_from_seeds(first: int) -> None:
     for seed in range(first, first + 50):

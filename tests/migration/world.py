@@ -31,7 +31,10 @@ class World:
         self.lives = {name: Instance(self, name) for name in "ABC"[:instances]}
         self.entries: dict[str, Ownership] = {}
         self.ledger_calls: list[LedgerCall] = []
+        self.ledger_answers: list[tuple[LedgerCall, OwnerIs]] = []
         self.late_claims: list[LedgerCall] = []
+        self.won: set[tuple[str, Ownership]] = set()
+        self.ledger_lost = False
         self.messages: list[tuple[Instance, tuple[Any, ...]]] = []
         self.calls: dict[int, Call] = {}
         self.links: dict[str, Link] = {}
@@ -96,6 +99,7 @@ class World:
         if call.new is not None and current == call.expected:
             assert call.expected is None or call.new.epoch > call.expected.epoch
             current = self.entries[call.request_id] = call.new
+            self.won.add((call.request_id, call.new))
         return OwnerIs(current)
 
     def disown(self, request_id: str, epoch: int) -> None:
@@ -157,15 +161,12 @@ class World:
                 actions.append((f"{life.id} engine call", lambda life=life: life.engine_calls.popleft()()))
             if life.answers:
                 actions.append((f"{life.id} engine answer", lambda life=life: life.answers.popleft()()))
-            actions += [
-                (f"{life.id} pull", lambda life=life, t=taking: life.pull_some(t))
-                for taking in life.targets.values()
-                if taking.pull is not None
-            ]
+            actions += [(f"{life.id} pull", lambda life=life, p=pull: life.pull_some(p)) for pull in life.pulls]
         actions += [
             (f"message {i}", lambda i=i: self.receive(*self.messages.pop(i))) for i in range(len(self.messages))
         ]
         actions += [(f"ledger {i}", lambda i=i: self.ask(i)) for i in range(len(self.ledger_calls))]
+        actions += [(f"ledger answer {i}", lambda i=i: self.tell(i)) for i in range(len(self.ledger_answers))]
         for link in [*self.links.values()]:
             if link.down and not link.broken:
                 actions.append((f"{link.instance.id} to router", lambda link=link: self.down(link)))
@@ -193,7 +194,15 @@ class World:
 
     def ask(self, index: int) -> None:
         call = self.ledger_calls.pop(index)
-        call.answer(self.execute(call))
+        self.ledger_answers.append((call, self.execute(call)))
+
+    def tell(self, index: int) -> None:
+        call, answer = self.ledger_answers.pop(index)
+        call.answer(answer)
+
+    def lose_ledger(self) -> None:
+        self.entries.clear()
+        self.ledger_lost = True
 
     def down(self, link: Link) -> None:
         output = link.down.popleft()
@@ -241,9 +250,9 @@ class World:
                 actions.append((f"double {index}", lambda i=index: self.messages.append(self.messages[i])))
         actions += [(f"fail call {number}", lambda n=number: self.fail_call(n)) for number in self.calls]
         for life in self.lives.values():
-            for taking in life.targets.values():
-                if taking.pull is not None:
-                    actions.append(("pull fails", lambda life=life, t=taking: life.pull_ended(t, tr.PullFailed())))
+            actions += [
+                ("pull fails", lambda life=life, p=pull: life.pull_ended(p, tr.PullFailed())) for pull in life.pulls
+            ]
         return actions
 
     def drop(self, index: int) -> None:
@@ -292,7 +301,7 @@ class World:
             if not request.ended
         ]
         if self.entries:
-            actions.append(("ledger loses all", self.entries.clear))
+            actions.append(("ledger loses all", self.lose_ledger))
         return actions
 
     def add(self, prompt_tokens: int, max_output_tokens: int) -> None:
