@@ -45,6 +45,19 @@ class TransferBackend(Enum):
     NIXL = "nixl"
 
 
+class MigrationReason(Enum):
+    """Why a sequence moves to another decode instance."""
+
+    LOAD = "load"
+    """To level the load as it is."""
+    PREDICTED_LOAD = "predicted_load"
+    """To level the load as it is predicted."""
+    MEMORY = "memory"
+    """Its instance is about to run out of blocks."""
+    DRAIN = "drain"
+    OPERATOR = "operator"
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when generation ends; every value decided (defaults applied by the router).
@@ -130,7 +143,12 @@ class KvTicket:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLoad:
-    """What one sequence weighs on its instance."""
+    """What one sequence weighs on its instance, and how many tokens it is predicted to generate still.
+
+    ``remaining_tokens`` is the median and ``remaining_tokens_upper`` an upper quantile, both counted from now: the
+    predictor's last answer minus the tokens since, at least 0. ``prediction_age_tokens`` says how many tokens were
+    generated since that answer. All three are None where there is no prediction.
+    """
 
     request_id: str
     epoch: int
@@ -138,6 +156,9 @@ class SequenceLoad:
     output_tokens: int
     resident_tokens: int
     max_output_tokens: int
+    remaining_tokens: int | None = None
+    remaining_tokens_upper: int | None = None
+    prediction_age_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +225,23 @@ class Ownership:
 
     instance_id: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A move of a sequence, owned by ``source`` under ``epoch``, to ``target``.
+
+    ``gain_tokens`` is what it is expected to gain, above 0, in the measure of its reason: for load the drop of the
+    spread of load over the instances, for memory the tokens that would not have fitted the source, for a drain the
+    sequence's own tokens; 0 for an operator's.
+    """
+
+    request_id: str
+    source: str
+    target: str
+    epoch: int
+    reason: MigrationReason
+    gain_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,60 @@
+"""Load over the coming steps: what sequences hold now and will hold, as long as they are predicted to run.
+
+Owns the arithmetic on arrays of sequences, exact in integers. Owns no instance and no choice. Time counts decode steps
+from now; a step adds one token to each running sequence. A sequence with c tokens and y remaining holds
+n(t) = c + t for t <= y and nothing after; with y unknown it is taken to stay as it is, n(t) = c: so a cluster without
+predictions is balanced by its current load.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+
+UNKNOWN = -1
+"""In an array of remaining tokens: no prediction."""
+
+
+def token_steps(tokens: Integers, remaining: Integers, horizon: int) -> Integers:
+    """The sum of n(t) over t = 0..horizon, [sequences]; divided by horizon + 1 it is the mean load.
+
+    With m = min(horizon, y) that is (m+1)c + m(m+1)/2: our form of what STAR calls a
+    request's load over time.
+    """
+    last = np.minimum(remaining, horizon)
+    ends = (last + 1) * tokens + last * (last + 1) // 2
+    return np.where(remaining == UNKNOWN, (horizon + 1) * tokens, ends)
+
+
+def sample_steps(horizon: int, count: int) -> Integers:
+    """Up to ``count`` evenly spaced steps from 0 to ``horizon``, both included."""
+    return np.unique(np.linspace(0, horizon, min(count, horizon + 1)).round().astype(np.int64))
+
+
+def tokens_at(tokens: Integers, remaining: Integers, steps: Integers) -> Integers:
+    """n(t) at each of ``steps``, [sequences, steps]."""
+    known = (remaining != UNKNOWN)[:, None]
+    held: Integers = tokens[:, None] + steps * known
+    held *= (steps <= remaining[:, None]) | ~known
+    return held
+
+
+def bin_edges(horizon: int, count: int) -> tuple[Integers, Integers]:
+    """The first and last step of up to ``count`` bins that together are 0..horizon."""
+    edges = np.arange(min(count, horizon + 1) + 1) * (horizon + 1) // min(count, horizon + 1)
+    return edges[:-1], edges[1:] - 1
+
+
+def peak_tokens(tokens: Integers, upper: Integers, bins: tuple[Integers, Integers], block_tokens: int) -> Integers:
+    """The most tokens that each sequence holds within each bin, in whole blocks, [sequences, bins].
+
+    ``upper`` bounds its remaining tokens. A sum over sequences is at least the true peak of the bin: sequences count
+    as at their longest together, and one that ends within the bin counts until its end. (After LightLLM's future peak
+    of KV use, which is exact but must be sorted anew for each candidate.)
+    """
+    first, last = bins
+    upper = upper[:, None]
+    held = np.where(first <= upper, tokens[:, None] + np.minimum(upper, last), 0)
+    return -(-held // block_tokens) * block_tokens

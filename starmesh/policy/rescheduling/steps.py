@@ -1,0 +1,61 @@
+"""The steps before a choice: classify instances, collect candidates, and drop those that are not worth a transfer.
+
+Owns no choice between moves (``select``) and no bookkeeping (``round``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from starmesh.policy.forecast import UNKNOWN, Integers
+from starmesh.policy.rescheduling.outcome import SequenceSkip
+from starmesh.policy.rescheduling.round import Round
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """Instances by load, most overloaded and least loaded first; ties by id. An instance may be both, if overloaded at
+    one time and underloaded at another."""
+
+    overloaded: Integers
+    underloaded: Integers
+
+
+def classify(round_: Round) -> Classes:
+    """Overloaded: above the mean by the margin at any sample. Underloaded: below the mean at any sample."""
+    mean, loads = round_.mean, round_.loads
+    heat = loads.sum(axis=1)
+    over = (loads > (1 + round_.config.overload_margin) * mean).any(axis=1) & round_.group.ready
+    under = (loads < mean).any(axis=1) & round_.group.ready
+    # Rows are ordered by id and the sort is stable: ties by id.
+    hottest = np.argsort(-heat, kind="stable")
+    coldest = np.argsort(heat, kind="stable")
+    return Classes(hottest[over[hottest]], coldest[under[coldest]])
+
+
+def candidates(round_: Round, sources: Integers) -> Integers:
+    """The sequences of these instances that may move."""
+    if len(sources) == 0:
+        return np.array([], dtype=np.int64)
+    return round_.screen(np.concatenate([round_.group.rows_of(source) for source in sources.tolist()]))
+
+
+def amortised(round_: Round, rows: Integers) -> Integers:
+    """Those that will run several times longer than their transfer takes.
+
+    By the median. Without a prediction the most that they may generate counts: dropped is only what certainly ends too
+    soon.
+    """
+    group = round_.group
+    remaining = np.where(group.remaining[rows] == UNKNOWN, group.limit[rows], group.remaining[rows])
+    worth = remaining * group.step_s[group.owner[rows]] >= round_.config.amortisation * round_.transfer_s(rows)
+    round_.skip(rows[~worth], SequenceSkip.NOT_AMORTISED)
+    return rows[worth]
+
+
+def by_request_id(round_: Round, rows: Integers) -> Integers:
+    """In the order of request ids, so that the first of equals is the one of the lowest id."""
+    ids = round_.group.request_ids
+    return np.array(sorted(rows.tolist(), key=ids.__getitem__), dtype=np.int64)
