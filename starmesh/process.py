@@ -38,7 +38,9 @@ class ServiceSettings(BaseSettings):
     )
 
     listen: str = Field("127.0.0.1:0", description="HOST:PORT to serve on; port 0 takes any free one")
-    advertise: str = Field("", description="HOST:PORT that others reach this process at; empty: as it listens")
+    advertise: str = Field(
+        "", validate_default=True, description="HOST:PORT that others reach this process at; empty: as it listens"
+    )
     allow_plaintext: bool = Field(False, description="serve unencrypted beyond loopback")
     ledger: str = Field("redis://127.0.0.1:6379", description="URL of the Redis ledger; unix:// and rediss:// too")
     cluster: str = Field("default", description="name of the cluster; several may share a Redis")
@@ -57,6 +59,14 @@ class ServiceSettings(BaseSettings):
             check_cluster(value)
         elif value:
             check_ids(value)
+        return value
+
+    @field_validator("advertise")
+    @classmethod
+    def _reachable(cls, value: str, info: ValidationInfo) -> str:
+        listen = str(info.data.get("listen", ""))
+        if not value and listen.startswith(("0.0.0.0:", "[::]:")):
+            raise ValueError(f"needed with --listen {listen}: HOST:PORT that others reach this process at")
         return value
 
     def name_instance(self, role: str) -> str:

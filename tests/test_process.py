@@ -21,6 +21,7 @@ async def _never(settings: ServiceSettings, stop: asyncio.Event) -> None:
         (["--log-level", "loud"], {}, "--log-level"),
         (["--instance-id", "a b"], {}, "--instance-id"),
         (["--cluster", "{a}"], {}, "--cluster"),
+        (["--listen", "0.0.0.0:0"], {}, "--advertise"),
         (["--report-interval-s", "soon"], {}, "--report-interval-s"),
         ([], {"STARMESH_GRACE_S": "-1"}, "--grace-s"),
         ([], {"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER"),

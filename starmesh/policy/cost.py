@@ -47,4 +47,5 @@ LAPTOP_CPU = CostModel(
     step_base_s=0.079, step_sequence_s=0.005, step_token_s=9e-6, transfer_setup_s=0.005, transfer_bytes_per_s=1.5e9
 )
 """A 135M-parameter model in fp32 on one core of a 2.5 GHz Xeon: 84 ms for 1 sequence of 128 tokens, 238 for 32 of them,
-497 for 32 of 1,024; 47.2 MB by NIXL over shared memory in 32 ms. Our measurements, but for the 5 ms to set a transfer up: an estimate."""
+497 for 32 of 1,024; 47.2 MB by NIXL over shared memory in 32 ms. Our measurements;
+the 5 ms to set a transfer up are an estimate."""
