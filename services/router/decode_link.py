@@ -44,7 +44,7 @@ class DecodeLink:
     def __init__(self, instance: InstanceInfo) -> None:
         self.instance = instance
         self._receivers: dict[str, Receiver] = {}
-        self._outgoing: asyncio.Queue[decode_pb2.DecodeRequest] = asyncio.Queue(MAX_QUEUED_MESSAGES)
+        self._outgoing: asyncio.Queue[decode_pb2.DecodeRequest | None] = asyncio.Queue(MAX_QUEUED_MESSAGES)
         self._loop = asyncio.get_running_loop()
         self._heard_s = self._loop.time()
         self._lost: InstanceLost | None = None
@@ -97,6 +97,10 @@ class DecodeLink:
             receivers, self._receivers = list(self._receivers.values()), {}
             for receiver in receivers:
                 receiver.lost(self._lost)
+            # gRPC's writer waits for messages, also for a call that has ended. (One with a full queue waits elsewhere,
+            # and hears of the end there.)
+            with contextlib.suppress(asyncio.QueueFull):
+                self._outgoing.put_nowait(None)
             self._task.cancel()
 
     async def close(self) -> None:
@@ -112,8 +116,8 @@ class DecodeLink:
             self.lose(f"it has not read {MAX_QUEUED_MESSAGES} messages")
 
     async def _messages(self) -> AsyncIterator[decode_pb2.DecodeRequest]:
-        while True:
-            yield await self._outgoing.get()
+        while (message := await self._outgoing.get()) is not None:
+            yield message
 
     async def _run(self) -> None:
         reason = "it ended the stream"

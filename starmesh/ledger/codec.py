@@ -30,6 +30,9 @@ from starmesh.types import (
 VERSION = 1
 MAX_DOCUMENT_BYTES = 1 << 20
 
+_SEQUENCE_COLUMNS = 9
+_PREDICTED_COLUMNS = 3  # the last ones; null without a prediction
+
 # A router looks more often than an instance reports: most of what it reads it has read before.
 CACHED_DOCUMENTS = 512
 
@@ -108,6 +111,9 @@ def encode_load(load: InstanceLoad) -> str:
                     sequence.output_tokens,
                     sequence.resident_tokens,
                     sequence.max_output_tokens,
+                    sequence.remaining_tokens,
+                    sequence.remaining_tokens_upper,
+                    sequence.prediction_age_tokens,
                 ]
                 for sequence in load.sequences
             ],
@@ -172,8 +178,14 @@ def _layout(fields: _Fields) -> KvLayout:
 
 
 def _sequence(row: object) -> SequenceLoad:
-    if not isinstance(row, list) or len(row) != 6 or not isinstance(row[0], str) or not all(map(_is_count, row[1:])):
-        _refuse("load: sequences holds something other than a request id and five counts")
+    if (
+        not isinstance(row, list)
+        or len(row) != _SEQUENCE_COLUMNS
+        or not isinstance(row[0], str)
+        or not all(map(_is_count, row[1:-_PREDICTED_COLUMNS]))
+        or not all(value is None or _is_count(value) for value in row[-_PREDICTED_COLUMNS:])
+    ):
+        _refuse("load: sequences holds something other than a request id, five counts and three that may be null")
     return SequenceLoad(*row)
 
 

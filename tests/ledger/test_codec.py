@@ -37,6 +37,7 @@ def every_field_of(kind: type[Any]) -> st.SearchStrategy[Any]:
     drawn: dict[Any, st.SearchStrategy[Any]] = {
         str: IDS,
         int: st.integers(0, MAX_COUNT),
+        int | None: st.none() | st.integers(0, MAX_COUNT),
         float: st.floats(0, 1e9),
         KvLayout | None: st.none() | st.deferred(lambda: every_field_of(KvLayout)),
         tuple[TransferBackend, ...]: st.lists(st.sampled_from(TransferBackend), max_size=3).map(tuple),
