@@ -150,6 +150,8 @@ def _check_chat(chat: inference_pb2.Chat, facts: ModelFacts) -> None:
     for index, message in enumerate(chat.messages):
         if message.role not in ROLES:
             raise bad_field(f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}")
+    if not any(message.content for message in chat.messages):
+        raise bad_field("chat.messages", "have no text; send at least one byte")
     _check_text_bytes("chat.messages", sum(len(message.content.encode()) for message in chat.messages))
 
 

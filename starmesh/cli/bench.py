@@ -24,6 +24,7 @@ from starmesh.cli.bench_report import Outcome, Report
 from starmesh.cli.options import Asking
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
 from starmesh.cli.run import CliError
+from starmesh.rpc.status import from_rpc_error
 from starmesh.v1 import inference_pb2, sequence_pb2
 
 
@@ -132,7 +133,7 @@ async def _ask(
     """One request to its end, however it ends."""
     times: list[float] = []
     last = inference_pb2.GenerateResponse()
-    error = ""
+    error = detail = ""
     call = router.inference.Generate(request, timeout=timeout_s)
     try:
         async for last in call:
@@ -140,7 +141,7 @@ async def _ask(
         if last.finish_reason == sequence_pb2.FINISH_REASON_UNSPECIFIED:
             error = "UNFINISHED"
     except grpc.aio.AioRpcError as failure:
-        error = failure.code().name
+        error, detail = failure.code().name, from_rpc_error(failure).message
     finally:
         call.cancel()
     return Outcome(
@@ -151,4 +152,5 @@ async def _ask(
         recoveries=last.usage.recoveries,
         finish_reason=sequence_pb2.FinishReason.Name(last.finish_reason).removeprefix("FINISH_REASON_").lower(),
         error=error,
+        detail=detail,
     )

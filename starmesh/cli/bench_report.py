@@ -23,7 +23,8 @@ QUANTILES = (0.5, 0.9, 0.99)
 class Outcome:
     """One request of the test. Times are seconds since the start of the test.
 
-    ``token_times_s`` has the arrival of each output token. ``error`` names the status code of a failure.
+    ``token_times_s`` has the arrival of each output token. ``error`` names the status code of a failure,
+    ``detail`` what the router said of it.
     """
 
     arrival_s: float
@@ -33,6 +34,7 @@ class Outcome:
     recoveries: int = 0
     finish_reason: str = ""
     error: str = ""
+    detail: str = ""
 
     @property
     def ttft_s(self) -> float | None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import sys
 import time
 
+import grpc
+import grpc.aio
+
 from starmesh.cli.options import Asking
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.cli.run import CliError
+from starmesh.rpc.status import from_rpc_error
 from starmesh.v1 import inference_pb2, sequence_pb2
 
 _ENDS = {
@@ -38,6 +43,14 @@ async def generate(router: RouterClient, prompt: str, asking: Asking, *, timeout
                 first_token_s = time.monotonic()
             sys.stdout.write(last.text.translate(_HARMLESS) if on_terminal else last.text)
             sys.stdout.flush()
+    except grpc.aio.AioRpcError as error:
+        if first_token_s is None:
+            raise
+        if not on_terminal:
+            print(file=sys.stderr)
+        if error.code() is grpc.StatusCode.UNAVAILABLE and from_rpc_error(error).retry_delay_s is None:
+            raise CliError("the connection to the router broke in the middle of the answer; ask again") from None
+        raise
     finally:
         call.cancel()
         if on_terminal:
@@ -59,5 +72,5 @@ def _summary(last: inference_pb2.GenerateResponse, *, started_s: float, first_to
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens cached")
     if usage.recoveries:
-        parts.append(f"survived {usage.recoveries} instance failures")
+        parts.append(f"survived {usage.recoveries} instance failure{'s' if usage.recoveries > 1 else ''}")
     return f"[{', '.join(parts)}]"

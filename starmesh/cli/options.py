@@ -15,6 +15,8 @@ Address = Annotated[
     str, typer.Option("--address", "-a", envvar="STARMESH_ADDRESS", metavar="HOST:PORT", help="The router.")
 ]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+# What the wire can carry; the router says what makes sense.
+_INT32 = (-(2**31), 2**31 - 1)
 
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
 Chat = Annotated[
@@ -24,13 +26,24 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str, typer.Option(metavar="TEXT", help="System message of the conversation.")]
-MaxOutputTokens = Annotated[int | None, typer.Option("--max-output-tokens", "-n", help="Limit of the answer.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. (default: 1)")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 is all.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Divide the logits of tokens already seen.")]
+MaxOutputTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-output-tokens", "-n", min=_INT32[0], max=_INT32[1], help="Limit of the answer. (default: what fits)"
+    ),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 to 2; 0 is greedy. (default: 1)")]
+TopP = Annotated[
+    float | None, typer.Option(help="Keep the likeliest tokens up to this probability, over 0 to 1. (default: 1)")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=_INT32[0], max=_INT32[1], help="Keep this many of the likeliest tokens; 0 is all.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Divide the logits of tokens already seen, over 0 to 10. (default: 1)")
+]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+Seed = Annotated[int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the sampling. (default: random)")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to a file as JSON.")]
 

@@ -149,6 +149,8 @@ def bench(
         ignore_eos=ignore_eos,
     )
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        fail(f"cannot write {json_file}: its directory does not exist")  # rather now than after the load
     try:
         lines = read_prompts(prompts)
     except CliError as error:
@@ -159,13 +161,15 @@ def bench(
 
     async def command() -> Report:
         async with connect(address) as router:
-            return await run_bench(router, lines, asking, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
+            report = await run_bench(router, lines, asking, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
+        if json_file is not None:
+            write_json(json_file, load, report)
+        return report
 
     report = run(command(), address=address)
-    if json_file is not None:
-        write_json(json_file, load, report)
     if all(outcome.error for outcome in report.outcomes):
-        fail(f"every request failed with {report.outcomes[0].error}; see `starmesh status`")
+        first = report.outcomes[0]
+        fail(f"every request failed; the first with {first.error}: {first.detail or 'see `starmesh status`'}")
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -174,7 +178,13 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give either a prompt or --file", param_hint="PROMPT")
     try:
         if file is not None:
-            return file.read_text(encoding="utf-8")
-        return sys.stdin.read() if prompt == "-" else str(prompt)
-    except (OSError, UnicodeDecodeError) as error:
+            text = file.read_text(encoding="utf-8")
+        else:
+            text = sys.stdin.read() if prompt == "-" else str(prompt)
+    except OSError as error:
+        fail(f"cannot read {file or 'stdin'}: {error.strerror}")
+    except UnicodeDecodeError as error:
         fail(f"cannot read {file or 'stdin'}: {error}")
+    if not text:
+        raise typer.BadParameter("is empty; give some text", param_hint="PROMPT")
+    return text

@@ -44,6 +44,10 @@ def test_help_loads_neither_grpc_nor_torch() -> None:
     [
         ["generate"],
         ["generate", "hello", "--file", "prompt.txt"],
+        ["generate", ""],
+        ["generate", "hello", "--seed", str(2**63)],
+        ["generate", "hello", "-n", str(2**31)],
+        ["bench", "prompts.jsonl", "--top-k", str(2**31)],
         ["up", "--decode", "0"],
         ["bench", "prompts.jsonl", "--rate", "0"],
         ["no-such-command"],
@@ -51,6 +55,12 @@ def test_help_loads_neither_grpc_nor_torch() -> None:
 )
 def test_a_command_asked_wrongly_ends_with_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_a_result_that_could_not_be_written_is_found_before_the_load(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["bench", "-", "--json", str(tmp_path / "missing" / "out.json")])
+    assert result.exit_code == 1
+    assert "its directory does not exist" in result.stderr
 
 
 def test_a_model_that_is_nowhere_is_one_line() -> None:

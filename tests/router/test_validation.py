@@ -44,6 +44,7 @@ BAD = [
     (request(text=""), "text"),
     (request(text="é" * (2 * 1024 * 1024 + 1)), "text"),
     (chat(), "chat.messages"),
+    (chat(("user", ""), ("user", "")), "chat.messages"),
     (chat(*[("user", "x")] * 1025), "chat.messages"),
     (chat(("user", "x"), ("wizard", SECRET)), "chat.messages[1].role"),
     (chat(("user", "x" * (4 * 1024 * 1024 + 1))), "chat.messages"),
