@@ -5,10 +5,11 @@ What they do is in the modules beside this one, imported only when they run: ``-
 
 from __future__ import annotations
 
+import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,7 +21,9 @@ Model = Annotated[str, typer.Option(metavar="NAME|DIR", help="Default model, hub
 Prefill = Annotated[int, typer.Option(min=1, help="Prefill instances.")]
 Decode = Annotated[int, typer.Option(min=1, help="Decode instances.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Element type of weights and KV.")]
+DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two"]
+Transfer = Literal["nixl,stream", "stream,nixl", "nixl", "stream"]
 
 
 def up(
@@ -35,14 +38,14 @@ def up(
         str, typer.Option(envvar="STARMESH_LEDGER", metavar="URL", help="Redis to use. (default: one of its own)")
     ] = "",
     cluster: Annotated[str, typer.Option(help="Name of the cluster; several may share a Redis.")] = "default",
-    dispatch: Annotated[str | None, typer.Option(metavar="POLICY", help="How instances are chosen.")] = None,
-    queue: Annotated[int | None, typer.Option(help="Requests that may wait for an instance with room.")] = None,
-    kv_memory_mib: Annotated[int | None, typer.Option(help="Memory for KV blocks, per instance.")] = None,
-    block_tokens: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
-    max_sequences: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
-    max_step_tokens: Annotated[int | None, typer.Option(help="Tokens computed in a step.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each instance.")] = None,
-    transfer: Annotated[str | None, typer.Option(metavar="LIST", help="KV transfer backends, best first.")] = None,
+    dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "least_tokens",
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for an instance with room.")] = 1024,
+    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
+    block_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens of a KV block.")] = 16,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in a step.")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each instance.")] = 1,
+    transfer: Annotated[Transfer, typer.Option(help="KV transfer backends, best first.")] = "nixl,stream",
     restart: Annotated[bool, typer.Option(help="Start a service again that dies.")] = True,
     run_dir: Annotated[Path | None, typer.Option(help="Directory for logs. (default: a new temporary one)")] = None,
 ) -> None:
@@ -52,7 +55,8 @@ def up(
     from starmesh.cli.local_cluster import ClusterPlan
     from starmesh.cli.up import up as keep_up
 
-    engine = {
+    _check_port(port)
+    engine: dict[str, str | int] = {
         "--device": device,
         "--dtype": dtype,
         "--kv-memory-mib": kv_memory_mib,
@@ -115,10 +119,20 @@ def _fetch(name: str) -> Path:
         raise typer.Exit(130) from None
 
 
+def _check_port(port: int) -> None:
+    """Say now that a port is taken, and not after the instances have loaded their model."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            fail(f"cannot listen on port {port}: {error.strerror}; name another with --port, or 0 for a free one")
+
+
 def _run_directory(wanted: Path | None) -> Path:
     return wanted if wanted is not None else Path(tempfile.mkdtemp(prefix="starmesh-run-"))
 
 
-def _flags(values: dict[str, str | int | None]) -> tuple[str, ...]:
-    """Flags for the services; what is None is left to their own defaults."""
-    return tuple(part for flag, value in values.items() if value is not None for part in (flag, str(value)))
+def _flags(values: dict[str, str | int]) -> tuple[str, ...]:
+    """Flags for the services."""
+    return tuple(part for flag, value in values.items() for part in (flag, str(value)))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import grpc.aio
@@ -14,12 +17,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from services.router.config import RouterSettings
 from starmesh.cli.app import app
 from starmesh.cli.bench import read_prompts
 from starmesh.cli.local_cluster import ClusterPlan
+from starmesh.cli.local_commands import DispatchPolicy, up
 from starmesh.cli.options import Asking
 from starmesh.cli.run import CliError, explain
 from starmesh.cli.status import TokenRates, cluster_table
+from starmesh.instance.settings import EngineSettings
+from starmesh.policy.dispatch import POLICIES
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.v1 import cluster_pb2
 
@@ -49,6 +56,9 @@ def test_help_loads_neither_grpc_nor_torch() -> None:
         ["generate", "hello", "-n", str(2**31)],
         ["bench", "prompts.jsonl", "--top-k", str(2**31)],
         ["up", "--decode", "0"],
+        ["up", "--dispatch", "nosuch"],
+        ["up", "--queue", "-1"],
+        ["up", "--transfer", "nosuch"],
         ["bench", "prompts.jsonl", "--rate", "0"],
         ["no-such-command"],
     ],
@@ -61,6 +71,25 @@ def test_a_result_that_could_not_be_written_is_found_before_the_load(tmp_path: P
     result = runner.invoke(app, ["bench", "-", "--json", str(tmp_path / "missing" / "out.json")])
     assert result.exit_code == 1
     assert "its directory does not exist" in result.stderr
+
+
+def test_defaults_of_up_are_those_of_the_services() -> None:
+    ours = {name: parameter.default for name, parameter in inspect.signature(up).parameters.items()}
+    for name in ("device", "dtype", "kv_memory_mib", "block_tokens", "max_sequences", "max_step_tokens", "threads"):
+        assert ours[name] == EngineSettings.model_fields[name].default, name
+    assert ours["transfer"] == EngineSettings.model_fields["transfer"].default
+    assert ours["dispatch"] == RouterSettings.model_fields["dispatch_policy"].default
+    assert ours["queue"] == RouterSettings.model_fields["queue_length"].default
+    assert set(get_args(DispatchPolicy)) == set(POLICIES)
+
+
+def test_a_taken_port_is_found_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = runner.invoke(app, ["up", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 1
+    assert "name another with --port" in result.stderr
 
 
 def test_a_model_that_is_nowhere_is_one_line() -> None:
