@@ -164,7 +164,8 @@ class SequenceLoad:
 @dataclass(frozen=True, slots=True)
 class InstanceLoad:
     """What an instance reports of itself. ``free_blocks`` counts cached blocks that could be evicted.
-    ``transfer_backend`` is the one that its last pull used."""
+    ``transfer_backend`` is the one that its last pull used. Migrations in and out are those under way;
+    ``migrated_sequences`` counts those that have moved here since it started."""
 
     total_blocks: int
     free_blocks: int
@@ -176,6 +177,9 @@ class InstanceLoad:
     preemptions: int = 0
     transfer_bytes: int = 0
     transfer_backend: TransferBackend | None = None
+    incoming_migrations: int = 0
+    outgoing_migrations: int = 0
+    migrated_sequences: int = 0
     sequences: tuple[SequenceLoad, ...] = ()
 
 

@@ -71,11 +71,23 @@ class SequenceOutput:
 
 @dataclass(frozen=True, slots=True)
 class ExportedSequence:
-    """A sequence taken out of the batch; ``block_ids`` hold the KV of its first ``resident_tokens`` tokens."""
+    """A sequence taken out of the batch; ``block_ids`` hold the KV of its first ``resident_tokens`` tokens.
+    ``preemptions`` as in ``SequenceProgress``."""
 
     spec: SequenceSpec
     block_ids: tuple[int, ...]
     resident_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceProgress:
+    """A sequence in the batch. ``full_block_ids`` hold its first blocks; their KV changes no more. ``preemptions``
+    counts how often it has lost its blocks here: block ids told before the last time are another sequence's by now."""
+
+    full_block_ids: tuple[int, ...]
+    tokens: int
+    preemptions: int
 
 
 class EngineCore:
@@ -172,12 +184,23 @@ class EngineCore:
         sequence = self._scheduler.find(request_id, SequenceStatus.RUNNING)
         self._scheduler.hold(sequence)
         self._settle()
-        return ExportedSequence(sequence.spec(), self._resident_blocks(sequence), sequence.computed_tokens)
+        return ExportedSequence(
+            sequence.spec(), self._resident_blocks(sequence), sequence.computed_tokens, sequence.preemptions
+        )
 
-    def resume(self, request_id: str) -> None:
-        """Undo ``export``: the sequence goes on here at the next step. Raises UnknownRequest or CapacityError."""
-        self._scheduler.resume(request_id)
+    def resume(self, request_id: str, *, epoch: int | None = None) -> None:
+        """Undo ``export``: the sequence goes on here at the next step, under ``epoch`` if one is given.
+
+        Raises UnknownRequest or CapacityError, and ValueError for an epoch older than its own.
+        """
+        self._scheduler.resume(request_id, epoch)
         self._stalled = False
+
+    def progress(self, request_id: str) -> SequenceProgress:
+        """How far a running sequence is. Raises UnknownRequest, also for one that waits or is held."""
+        sequence = self._scheduler.find(request_id, SequenceStatus.RUNNING)
+        full_blocks = sequence.computed_tokens // self._pool.block_tokens
+        return SequenceProgress(tuple(sequence.block_ids[:full_blocks]), sequence.tokens, sequence.preemptions)
 
     def cancel(self, request_id: str, epoch: int | None = None) -> bool:
         """Drop a request, whatever its status, and free its blocks; with ``epoch``, only that epoch or an older one.

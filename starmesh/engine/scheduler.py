@@ -216,12 +216,18 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.status = SequenceStatus.HELD
 
-    def resume(self, request_id: str) -> None:
-        """Put a held sequence back into the batch, be it full or not. Raises UnknownRequest or CapacityError."""
+    def resume(self, request_id: str, epoch: int | None = None) -> None:
+        """Put a held sequence back into the batch, be it full or not, and under ``epoch`` if one is given.
+
+        Raises UnknownRequest or CapacityError, and ValueError for an epoch older than its own.
+        """
         sequence = self.find(request_id, SequenceStatus.HELD)
+        if epoch is not None and epoch < sequence.epoch:
+            raise ValueError(f"{request_id} runs under epoch {sequence.epoch}, which {epoch} does not follow")
         if sequence.tokens >= self.limit_tokens(hold=False):
             raise CapacityError(f"{request_id} fills this instance; continue it on a larger one")
         sequence.hold = False
+        sequence.epoch = sequence.epoch if epoch is None else epoch
         self._run(sequence)
 
     def find(self, request_id: str, status: SequenceStatus) -> Sequence:

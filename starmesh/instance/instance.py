@@ -117,18 +117,13 @@ class Instance:
     def lease(self, spec: SequenceSpec, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
         """Lease a held sequence's blocks to whoever pulls them; they are freed when the lease ends. Raises
         LeaseTableFull."""
-        duration_s = self._settings.kv_lease_s
-        lease_id = self.transfer.grant(block_ids, spec.request_id, duration_s=duration_s)
+        ticket = self._grant(spec.request_id, block_ids, resident_tokens)
         self._leased_epochs[spec.request_id] = spec.epoch
-        return KvTicket(
-            lease_id=lease_id,
-            instance_id=self.instance_id,
-            address=self.membership.info.address,
-            layout=self.layout,
-            block_ids=tuple(block_ids),
-            resident_tokens=resident_tokens,
-            lease_duration_s=duration_s,
-        )
+        return ticket
+
+    def lease_for_migration(self, reservation_id: str, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
+        """Lease blocks of a sequence that moves away; the end of the lease frees nothing. Raises LeaseTableFull."""
+        return self._grant(reservation_id, block_ids, resident_tokens)
 
     def revoke_lease(self, request_id: str, epoch: int) -> None:
         """End the lease of a request if it is of ``epoch`` or older. Its blocks are the caller's to free."""
@@ -136,6 +131,10 @@ class Instance:
         if leased is not None and leased <= epoch:
             del self._leased_epochs[request_id]
             self.transfer.revoke(request_id)
+
+    def revoke_migration_leases(self, reservation_id: str) -> None:
+        """End the leases of a migration: no pull under them can be confirmed any more."""
+        self.transfer.revoke(reservation_id)
 
     async def pull(self, ticket: KvTicket, local_block_ids: Sequence[int]) -> PullResult:
         """Pull a ticket's blocks and end its lease. Raises TransferError; then what was pulled is not to be used."""
@@ -244,10 +243,24 @@ class Instance:
         self._drained.set()
         log.info("drained: safe to stop")
 
-    def _on_lease_end(self, request_id: str) -> None:
-        # With the epoch: by the time that the engine frees, a newer one may hold blocks under the same id.
-        epoch = self._leased_epochs.pop(request_id)
-        self.background(self._free(request_id, epoch))
+    def _grant(self, owner_key: str, block_ids: Sequence[int], resident_tokens: int) -> KvTicket:
+        duration_s = self._settings.kv_lease_s
+        return KvTicket(
+            lease_id=self.transfer.grant(block_ids, owner_key, duration_s=duration_s),
+            instance_id=self.instance_id,
+            address=self.membership.info.address,
+            layout=self.layout,
+            block_ids=tuple(block_ids),
+            resident_tokens=resident_tokens,
+            lease_duration_s=duration_s,
+        )
+
+    def _on_lease_end(self, owner_key: str) -> None:
+        # With the epoch: by the time that the engine frees, a newer one may hold blocks under the same id. A migration
+        # has none, and frees by itself.
+        epoch = self._leased_epochs.pop(owner_key, None)
+        if epoch is not None:
+            self.background(self._free(owner_key, epoch))
 
     async def _free(self, request_id: str, epoch: int) -> None:
         await self.engine.call(lambda core: core.release(request_id, epoch))

@@ -103,6 +103,9 @@ def encode_load(load: InstanceLoad) -> str:
             "preemptions": load.preemptions,
             "transfer_bytes": load.transfer_bytes,
             "transfer_backend": None if load.transfer_backend is None else load.transfer_backend.value,
+            "incoming_migrations": load.incoming_migrations,
+            "outgoing_migrations": load.outgoing_migrations,
+            "migrated_sequences": load.migrated_sequences,
             "sequences": [
                 [
                     sequence.request_id,
@@ -138,6 +141,9 @@ def decode_load(document: bytes) -> InstanceLoad:
         transfer_backend=None
         if fields.is_null("transfer_backend")
         else fields.member(TransferBackend, "transfer_backend"),
+        incoming_migrations=fields.count("incoming_migrations"),
+        outgoing_migrations=fields.count("outgoing_migrations"),
+        migrated_sequences=fields.count("migrated_sequences"),
         sequences=tuple(_sequence(row) for row in fields.array("sequences", limit=MAX_SEQUENCES)),
     )
     fields.end()

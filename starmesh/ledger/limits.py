@@ -78,9 +78,12 @@ def check_load(load: InstanceLoad) -> None:
         raise ValueError(f"a step cannot take {load.step_duration_s} s")
     _check_counts(load.total_blocks, load.running_sequences, load.waiting_sequences, load.resident_tokens)
     _check_counts(load.output_tokens, load.preemptions, load.transfer_bytes)
+    _check_counts(load.incoming_migrations, load.outgoing_migrations, load.migrated_sequences)
     for item in load.sequences:
         check_ids(item.request_id)
         _check_counts(item.epoch, item.prompt_tokens, item.output_tokens, item.resident_tokens, item.max_output_tokens)
+        predicted = (item.remaining_tokens, item.remaining_tokens_upper, item.prediction_age_tokens)
+        _check_counts(*(count for count in predicted if count is not None))
 
 
 def _check_counts(*counts: int) -> None:

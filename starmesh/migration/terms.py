@@ -1,4 +1,4 @@
-"""What both ends of a migration speak of: its terms and limits, the reasons for beginning, refusing and failing, and
+"""What both ends of a migration speak of: its terms and limits, the reasons for refusing and failing, and
 the events that either may meet."""
 
 from __future__ import annotations
@@ -6,22 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from starmesh.types import Ownership
+from starmesh.types import MigrationReason, Ownership
 
 EPOCHS_PER_MIGRATION = 2
 """Epochs that one migration may use up: the target's, and the source's when it takes the sequence back. Whoever claims
 for another purpose (a router that recovers a sequence) goes further than that, so that an epoch alone tells whose claim
 it was."""
-
-
-class Reason(Enum):
-    """Why a migration is asked for."""
-
-    LOAD = "load"
-    PREDICTED_LOAD = "predicted load"
-    MEMORY = "memory"
-    DRAIN = "drain"
-    OPERATOR = "operator"
 
 
 class Refusal(Enum):
@@ -61,7 +51,7 @@ class Terms:
     epoch: int
     source_id: str
     target_id: str
-    reason: Reason
+    reason: MigrationReason
 
     @property
     def before(self) -> Ownership:

@@ -180,6 +180,9 @@ def load_pb(load: InstanceLoad) -> cluster_pb2.InstanceLoad:
             if load.transfer_backend is not None
             else sequence_pb2.TRANSFER_BACKEND_UNSPECIFIED
         ),
+        incoming_migrations=load.incoming_migrations,
+        outgoing_migrations=load.outgoing_migrations,
+        migrated_sequences=load.migrated_sequences,
         sequences=[_sequence_load_pb(sequence) for sequence in load.sequences],
     )
 
@@ -192,6 +195,9 @@ def _sequence_load_pb(load: SequenceLoad) -> cluster_pb2.SequenceLoad:
         output_tokens=load.output_tokens,
         resident_tokens=load.resident_tokens,
         max_output_tokens=load.max_output_tokens,
+        remaining_tokens=load.remaining_tokens,
+        remaining_tokens_upper=load.remaining_tokens_upper,
+        prediction_age_tokens=load.prediction_age_tokens,
     )
 
 

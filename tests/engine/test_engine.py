@@ -217,6 +217,35 @@ def test_resume_undoes_export() -> None:
     assert tokens_of(outputs + drain(core)) == reference_tokens(LONG_PROMPT, 20)
 
 
+def test_a_sequence_that_is_taken_back_goes_on_under_the_epoch_it_was_claimed_for() -> None:
+    core = engine()
+    core.add(spec())
+    core.step(), core.step()
+    core.export("a")
+    with pytest.raises(ValueError, match="does not follow"):
+        core.resume("a", epoch=0)
+    core.resume("a", epoch=3)
+    assert [output.epoch for output in core.step()] == [3]
+    assert not core.cancel("a", 2)
+    assert core.cancel("a", 3)
+
+
+def test_progress_tells_the_full_blocks_and_whether_they_were_lost() -> None:
+    core = engine(CheckingExecutor(8), max_step_tokens=18)
+    core.add(spec("a", prompt=LONG_PROMPT[:9]))
+    core.add(spec("b", prompt=LONG_PROMPT[:9]))
+    core.step()
+    before = core.progress("b")
+    assert (len(before.full_block_ids), before.tokens, before.preemptions) == (2, 10, 0)
+    while core.progress("a").tokens < 20:
+        core.step()
+    with pytest.raises(UnknownRequest, match="waiting"):
+        core.progress("b")
+    core.cancel("a")
+    core.step()
+    assert core.progress("b").preemptions == core.export("b").preemptions == 1
+
+
 def test_preemption_changes_no_token() -> None:
     executor = CheckingExecutor(14)
     core = engine(executor, max_sequences=6)

@@ -84,7 +84,7 @@ def test_what_could_not_be_read_back_is_not_written(bad: int) -> None:
     infos = with_one_bad_count(instance(), bad)
     infos += [replace(instance(), layout=item) for item in with_one_bad_count(LAYOUT, bad)]
     infos += [replace(instance(), transfer_backends=100 * instance().transfer_backends)]
-    assert (len(loads), len(infos)) == (8 + 5 + 3, 2 + 4 + 1)
+    assert (len(loads), len(infos)) == (11 + 5 + 3, 2 + 4 + 1)
     for item in loads:
         with pytest.raises(ValueError):
             check_load(item)

@@ -11,8 +11,8 @@ from starmesh.migration import source_effects as se
 from starmesh.migration import source_record as sr
 from starmesh.migration import target_effects as te
 from starmesh.migration import target_record as tr
-from starmesh.migration.terms import Limits, Reason, Terms
-from starmesh.types import KvLayout, KvTicket, Ownership
+from starmesh.migration.terms import Limits, Terms
+from starmesh.types import KvLayout, KvTicket, MigrationReason, Ownership
 from tests.migration.engine_model import BLOCK_TOKENS, blocks_for
 from tests.migration.wire_model import LedgerCall, Output
 from tests.migration.worker_model import Worker
@@ -46,7 +46,7 @@ class SourceShell(Worker):
             epoch=sequence.epoch,
             source_id=self.id,
             target_id=to,
-            reason=Reason.LOAD,
+            reason=MigrationReason.LOAD,
         )
         end, effects = source.begin(terms, LIMITS, blocks=len(sequence.block_ids), now_s=0.0)
         self.sources[request_id] = Source(end, sequence.preemptions)

@@ -19,13 +19,15 @@ from starmesh.migration.source_record import SourceEnd, SourceState
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.target import TargetKind
 from starmesh.migration.target_record import TargetEnd, TargetState
-from starmesh.migration.terms import Cause, LedgerSilent, Limits, OwnerIs, Reason, Refusal, Terms, TimedOut
-from starmesh.types import KvLayout, KvTicket, Ownership, SamplingParams, SequenceSpec
+from starmesh.migration.terms import Cause, LedgerSilent, Limits, OwnerIs, Refusal, Terms, TimedOut
+from starmesh.types import KvLayout, KvTicket, MigrationReason, Ownership, SamplingParams, SequenceSpec
 
 pytestmark = pytest.mark.fast
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "migration.md"
-TERMS = Terms(reservation_id="r1", request_id="q1", epoch=4, source_id="A", target_id="B", reason=Reason.PREDICTED_LOAD)
+TERMS = Terms(
+    reservation_id="r1", request_id="q1", epoch=4, source_id="A", target_id="B", reason=MigrationReason.PREDICTED_LOAD
+)
 LIMITS = Limits(tail_blocks=2, max_rounds=3, headroom_blocks=4)
 SPEC = SequenceSpec("q1", 4, (1, 2, 3), (4, 5), SamplingParams(max_output_tokens=9))
 NOW_S = 100.0
