@@ -23,7 +23,9 @@ for command in (
     router_commands.generate,
     router_commands.status,
     router_commands.drain,
+    router_commands.migrate,
     router_commands.bench,
+    local_commands.compare,
     local_commands.demo,
 ):
     app.command()(command)

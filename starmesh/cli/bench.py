@@ -79,23 +79,25 @@ def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:
         now_s += draw.expovariate(rate)
 
 
+async def requests_of(
+    router: RouterClient, prompts: Sequence[str], asking: Asking
+) -> Iterator[inference_pb2.GenerateRequest]:
+    """Requests for the prompts in turn and over again. Raises AioRpcError when the router does not answer."""
+    model = await router.inference.GetModel(inference_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
+    return (asking.request(prompt, chat=model.has_chat_template) for prompt in itertools.cycle(prompts))
+
+
 async def bench(
     router: RouterClient,
-    prompts: Sequence[str],
-    asking: Asking,
+    requests: Iterator[inference_pb2.GenerateRequest],
     load: Load,
     *,
     slo_ttft_s: float,
     slo_tpot_s: float,
     on_progress: Callable[[Outcome], None],
 ) -> Report:
-    """Run the test, prompts in turn and over again, and report on every request. ``on_progress`` gets each as it ends.
-
-    Raises AioRpcError when the router does not answer at the start; later failures are outcomes.
-    """
-    model = await router.inference.GetModel(inference_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
-    chat = model.has_chat_template
-    requests = (asking.request(prompt, chat=chat) for prompt in itertools.cycle(prompts))
+    """Run the test with the next ``load.requests`` requests and report on every one. ``on_progress`` gets each as it
+    ends. A failure is an outcome."""
     start_s = time.monotonic()
     outcomes: list[Outcome] = []
 

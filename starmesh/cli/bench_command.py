@@ -1,31 +1,30 @@
-"""``starmesh bench`` around the measurement: progress bar, table and file."""
+"""``starmesh bench`` around the measurement: progress bar and file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from starmesh.cli.bench import Load, bench
-from starmesh.cli.bench_report import Outcome, Report, report_table
-from starmesh.cli.options import Asking
+from starmesh.cli.bench_report import Outcome, Report
 from starmesh.cli.router import RouterClient
 from starmesh.cli.run import CliError
+from starmesh.v1 import inference_pb2
 
 
 async def run_bench(
     router: RouterClient,
-    prompts: Sequence[str],
-    asking: Asking,
+    requests: Iterator[inference_pb2.GenerateRequest],
     load: Load,
     *,
     slo_ttft_s: float,
     slo_tpot_s: float,
 ) -> Report:
-    """Measure behind a progress bar and print the table."""
+    """Measure behind a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("requests", total=load.requests)
@@ -36,11 +35,9 @@ async def run_bench(
             failed += bool(outcome.error)
             progress.update(task, advance=1, description=f"requests, {failed} failed" if failed else "requests")
 
-        report = await bench(
-            router, prompts, asking, load, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s, on_progress=on_progress
+        return await bench(
+            router, requests, load, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s, on_progress=on_progress
         )
-    Console().print(report_table(report))
-    return report
 
 
 def write_json(path: Path, load: Load, report: Report) -> None:

@@ -30,7 +30,7 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router."""
+    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router, and so on."""
 
     model: Path
     run_directory: Path
@@ -41,6 +41,7 @@ class ClusterPlan:
     grace_s: float = 5.0
     engine_flags: tuple[str, ...] = ()
     router_flags: tuple[str, ...] = ()
+    rescheduler_flags: tuple[str, ...] = ()
     shared_flags: tuple[str, ...] = ()
 
     def services(self, ledger: str) -> list[ServiceSpec]:
@@ -51,6 +52,7 @@ class ClusterPlan:
             "router": (*model, *self.router_flags),
             "prefill": (*model, *self.engine_flags),
             "decode": (*model, *self.engine_flags),
+            "rescheduler": self.rescheduler_flags,
         }
         return [
             ServiceSpec(

@@ -1,4 +1,4 @@
-"""Commands of this machine: ``up``, ``demo`` and ``model fetch``, their options and help.
+"""Commands of this machine: ``up``, ``demo``, ``compare`` and ``model fetch``, their options and help.
 
 What they do is in the modules beside this one, imported only when they run: ``--help`` loads neither gRPC nor a model.
 """
@@ -9,10 +9,11 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
+from starmesh.cli import options
 from starmesh.cli.run import fail, run
 
 _DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -23,6 +24,8 @@ Decode = Annotated[int, typer.Option(min=1, help="Decode instances.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Element type of weights and KV.")]
 DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two"]
+ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
+_POLICIES = get_args(ReschedulingPolicy)
 Transfer = Literal["nixl,stream", "stream,nixl", "nixl", "stream"]
 
 
@@ -39,6 +42,7 @@ def up(
     ] = "",
     cluster: Annotated[str, typer.Option(help="Name of the cluster; several may share a Redis.")] = "default",
     dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "least_tokens",
+    policy: Annotated[ReschedulingPolicy, typer.Option(help="How running requests are rebalanced.")] = "star_plus",
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for an instance with room.")] = 1024,
     kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
     block_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens of a KV block.")] = 16,
@@ -56,7 +60,7 @@ def up(
     from starmesh.cli.up import up as keep_up
 
     _check_port(port)
-    engine: dict[str, str | int] = {
+    engine: dict[str, str | int | float] = {
         "--device": device,
         "--dtype": dtype,
         "--kv-memory-mib": kv_memory_mib,
@@ -76,6 +80,7 @@ def up(
         shared_flags=("--cluster", cluster),
         engine_flags=_flags(engine),
         router_flags=_flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
+        rescheduler_flags=("--policy", policy),
     )
     run(keep_up(plan, Console(), restart=restart))
 
@@ -95,6 +100,85 @@ def demo(model: Model = _DEFAULT_MODEL, prefill: Prefill = 1, decode: Decode = 2
         engine_flags=("--device", device),
     )
     run(show_demo(plan, Console()))
+
+
+def compare(
+    *,
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="POLICY...", help=f"Of {', '.join(_POLICIES)}. (default: none and star_plus)"),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE", help='JSON Lines of {"prompt": ...}. (default: a skewed load)')
+    ] = "",
+    decode: Decode = 3,
+    prefill: Prefill = 1,
+    dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "round_robin",
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 24,
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests per second, as a Poisson process.")] = 2.0,
+    long_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of each long request.")] = 400,
+    short_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of the others.")] = 40,
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Seconds that TTFT may take for goodput.")] = 4.0,
+    slo_tpot: Annotated[float, typer.Option(min=0, help="Seconds that TPOT may take for goodput.")] = 0.2,
+    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
+    round_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between rescheduling rounds.")] = 1.0,
+    json_file: options.JsonFile = None,
+    model: Model = _DEFAULT_MODEL,
+    device: Device = "cpu",
+) -> None:
+    """Put the same load on a local cluster under one rescheduling policy after another.
+
+    The default load has a long request for each so many short ones as there are decode instances, so that round robin
+    puts all long ones on the same instance.
+    """
+    from rich.console import Console
+
+    from starmesh.cli.bench import Load, read_prompts
+    from starmesh.cli.compare import compare as run_all
+    from starmesh.cli.compare import write_json
+    from starmesh.cli.compare_report import comparison, run_json
+    from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.cli.options import Asking
+    from starmesh.cli.run import CliError
+    from starmesh.cli.skewed_load import SkewedLoad
+
+    for policy in policies or ():
+        if policy not in _POLICIES:
+            raise typer.BadParameter(f"{policy!r} is none of {', '.join(_POLICIES)}", param_hint="POLICY")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        fail(f"cannot write {json_file}: its directory does not exist")
+    try:
+        lines = read_prompts(prompts) if prompts else []
+    except CliError as error:
+        fail(str(error))
+    skewed = SkewedLoad(count=requests, period=decode, long_tokens=long_tokens, short_tokens=short_tokens)
+    plan = ClusterPlan(
+        model=_fetch(model),
+        run_directory=_run_directory(None),
+        prefill=prefill,
+        decode=decode,
+        engine_flags=_flags({"--device": device, "--kv-memory-mib": kv_memory_mib}),
+        router_flags=_flags({"--dispatch-policy": dispatch}),
+        rescheduler_flags=_flags({"--round-interval-s": round_interval}),
+    )
+    console = Console()
+    runs = run(
+        run_all(
+            plan,
+            policies or ["none", "star_plus"],
+            (lines, Asking()) if lines else skewed,
+            Load(requests=requests, rate=rate),
+            slo_ttft_s=slo_ttft,
+            slo_tpot_s=slo_tpot,
+            say=lambda line: console.print(line, highlight=False),
+        )
+    )
+    console.print(comparison(runs))
+    if json_file is not None:
+        try:
+            write_json(json_file, [run_json(each) for each in runs])
+        except CliError as error:
+            fail(str(error))
 
 
 def fetch(
@@ -133,6 +217,6 @@ def _run_directory(wanted: Path | None) -> Path:
     return wanted if wanted is not None else Path(tempfile.mkdtemp(prefix="starmesh-run-"))
 
 
-def _flags(values: dict[str, str | int]) -> tuple[str, ...]:
+def _flags(values: dict[str, str | int | float]) -> tuple[str, ...]:
     """Flags for the services."""
     return tuple(part for flag, value in values.items() for part in (flag, str(value)))

@@ -1,4 +1,4 @@
-"""Commands that talk to a router: ``generate``, ``bench``, ``status`` and ``drain``, their options and help.
+"""Commands that talk to a router (``generate``, ``bench``, ``status``, ``drain``, ``migrate``), their options and help.
 
 What they do is in the modules beside this one, imported only when they run: ``--help`` does not load gRPC.
 """
@@ -66,10 +66,11 @@ def status(
     *,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between looks with --watch.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sequences: Annotated[bool, typer.Option("--sequences", "-s", help="Show the running requests too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, requests included.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Show the instances of a cluster."""
+    """Show the instances of a cluster and how evenly they are loaded."""
     from rich.console import Console
 
     from starmesh.cli import status as views
@@ -80,9 +81,9 @@ def status(
             if as_json:
                 print(await views.status_json(router))
             elif watch:
-                await views.watch_status(router, Console(), interval_s=interval)
+                await views.watch_status(router, Console(), interval_s=interval, sequences=sequences)
             else:
-                await views.show_status(router, Console())
+                await views.show_status(router, Console(), sequences=sequences)
 
     run(command(), address=address)
 
@@ -93,7 +94,7 @@ def drain(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 600.0,
     address: options.Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Let an instance finish what it has and take nothing new."""
+    """Move everything away from an instance, so that it may be stopped; it takes nothing new."""
     from rich.console import Console
 
     from starmesh.cli.drain import drain as drain_instance
@@ -106,12 +107,31 @@ def drain(
     run(command(), address=address)
 
 
+def migrate(
+    request: Annotated[str, typer.Argument(help="Id of the request, as `starmesh status --sequences` shows it.")],
+    to: Annotated[str, typer.Option("--to", metavar="INSTANCE", help="Id of the decode instance to move it to.")],
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to follow the move.")] = 60.0,
+    address: options.Address = DEFAULT_ADDRESS,
+) -> None:
+    """Move a running request, KV and all, to another decode instance. Its client sees nothing of it."""
+    from rich.console import Console
+
+    from starmesh.cli.migrate import migrate as move
+    from starmesh.cli.router import connect
+
+    async def command() -> None:
+        async with connect(address) as router:
+            await move(router, request, to, Console(), timeout_s=timeout)
+
+    run(command(), address=address)
+
+
 def bench(
     *,
     prompts: Annotated[str, typer.Argument(metavar="FILE", help='JSON Lines of {"prompt": ...}; .gz; - for stdin.')],
     rate: Annotated[float | None, typer.Option(help="Requests per second, as a Poisson process.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Without --rate: requests in flight at a time.")] = 16,
-    requests: Annotated[int | None, typer.Option("--requests", min=1, help="How many. (default: all lines)")] = None,
+    count: Annotated[int | None, typer.Option("--requests", min=1, help="How many. (default: all lines)")] = None,
     arrival_seed: Annotated[int, typer.Option(help="Seed of the arrivals.")] = 0,
     slo_ttft: Annotated[float, typer.Option(min=0, help="Seconds that TTFT may take for goodput.")] = 2.0,
     slo_tpot: Annotated[float, typer.Option(min=0, help="Seconds that TPOT may take for goodput.")] = 0.2,
@@ -130,8 +150,11 @@ def bench(
     address: options.Address = DEFAULT_ADDRESS,
 ) -> None:
     """Put load on a cluster and measure TTFT, TPOT, ITL, tokens per second and goodput."""
-    from starmesh.cli.bench import Load, read_prompts
+    from rich.console import Console
+
+    from starmesh.cli.bench import Load, read_prompts, requests_of
     from starmesh.cli.bench_command import run_bench, write_json
+    from starmesh.cli.bench_report import report_table
     from starmesh.cli.router import connect
 
     if rate is not None and rate <= 0:
@@ -155,13 +178,13 @@ def bench(
         lines = read_prompts(prompts)
     except CliError as error:
         fail(str(error))
-    load = Load(
-        requests=requests or len(lines), rate=rate, concurrency=concurrency, seed=arrival_seed, timeout_s=timeout
-    )
+    load = Load(requests=count or len(lines), rate=rate, concurrency=concurrency, seed=arrival_seed, timeout_s=timeout)
 
     async def command() -> Report:
         async with connect(address) as router:
-            report = await run_bench(router, lines, asking, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
+            requests = await requests_of(router, lines, asking)
+            report = await run_bench(router, requests, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
+        Console().print(report_table(report))
         if json_file is not None:
             write_json(json_file, load, report)
         return report

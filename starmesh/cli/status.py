@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console, Group, RenderableType
@@ -55,18 +56,56 @@ def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, f
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for heading in ("instance", "state", "address"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("KV", "run", "wait", "tokens/s", "step ms", "tokens"):
+    for heading in ("KV", "resident", "run", "wait", "tokens/s", "step ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     for instance in response.instances:
         table.add_row(*_cells(instance, rates))
-    line = f"{response.active_requests} requests active, {response.queued_requests} queued"
+    lines = [Text(f"{response.active_requests} requests active, {response.queued_requests} queued")]
+    decoding = [instance.load for instance in response.instances if instance.role == cluster_pb2.ROLE_DECODE]
+    if len(decoding) > 1:
+        lines.append(_balance(decoding))
     if not response.ledger_available:
-        return Group(table, Text(line), Text("the ledger does not answer: the table is as last seen", style="red"))
-    return Group(table, Text(line))
+        lines.append(Text("the ledger does not answer: the table is as last seen", style="red"))
+    return Group(table, *lines)
 
 
-async def observe(router: RouterClient, *, interval_s: float) -> AsyncIterator[RenderableType]:
-    """The table, again and again; ends with the router's stream. Raises AioRpcError when that breaks."""
+def sequence_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType:
+    """The sequences of the decode instances, a line each."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("request", no_wrap=True)
+    table.add_column("instance", no_wrap=True)
+    for heading in ("epoch", "prompt", "output", "limit", "resident", "remaining"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for instance in response.instances:
+        if instance.role != cluster_pb2.ROLE_DECODE:
+            continue
+        for sequence in instance.load.sequences:
+            remaining = str(sequence.remaining_tokens) if sequence.HasField("remaining_tokens") else "unknown"
+            counts = (sequence.epoch, sequence.prompt_tokens, sequence.output_tokens, sequence.max_output_tokens)
+            resident = str(sequence.resident_tokens)
+            table.add_row(sequence.request_id, instance.instance_id, *map(str, counts), resident, remaining)
+    return table
+
+
+def spread(tokens: Sequence[int]) -> float:
+    """Root mean square of the distance from the mean: the measure that rescheduling brings down. 0 for none."""
+    if not tokens:
+        return 0.0
+    mean = sum(tokens) / len(tokens)
+    return math.sqrt(sum((count - mean) ** 2 for count in tokens) / len(tokens))
+
+
+def _balance(loads: Sequence[cluster_pb2.InstanceLoad]) -> Text:
+    resident = [load.resident_tokens for load in loads]
+    moved, moving = sum(load.migrated_sequences for load in loads), sum(load.outgoing_migrations for load in loads)
+    return Text(
+        f"resident tokens: {sum(resident) / len(resident):.0f} on average, spread {spread(resident):.0f}; "
+        f"{moved} sequences have moved, {moving} are moving"
+    )
+
+
+async def observe(router: RouterClient, *, interval_s: float, sequences: bool = False) -> AsyncIterator[RenderableType]:
+    """The tables, again and again; ends with the router's stream. Raises AioRpcError when that breaks."""
     request = cluster_pb2.WatchClusterRequest()
     request.interval.FromNanoseconds(int(interval_s * 1e9))
     rates = TokenRates()
@@ -74,30 +113,31 @@ async def observe(router: RouterClient, *, interval_s: float) -> AsyncIterator[R
     call = router.cluster.WatchCluster(request)
     try:
         async for response in call:
-            yield cluster_table(response, rates.observe(response))
+            table = cluster_table(response, rates.observe(response))
+            yield Group(table, "", sequence_table(response)) if sequences else table
     finally:
         call.cancel()
 
 
-async def show_status(router: RouterClient, console: Console) -> None:
+async def show_status(router: RouterClient, console: Console, *, sequences: bool = False) -> None:
     """Print the table once. Two observations, since a rate needs two."""
     table: RenderableType = ""
     async with asyncio.timeout(CALL_TIMEOUT_S):
-        tables = observe(router, interval_s=_RATE_INTERVAL_S)
+        tables = observe(router, interval_s=_RATE_INTERVAL_S, sequences=sequences)
         for _ in range(2):
             table = await anext(tables)
         await tables.aclose()  # type: ignore[attr-defined] # an async generator
     console.print(table)
 
 
-async def watch_status(router: RouterClient, console: Console, *, interval_s: float) -> None:
+async def watch_status(router: RouterClient, console: Console, *, interval_s: float, sequences: bool) -> None:
     """Show the table until Ctrl-C: in place on a terminal, one after another elsewhere."""
     if not console.is_terminal:
-        async for table in observe(router, interval_s=interval_s):
+        async for table in observe(router, interval_s=interval_s, sequences=sequences):
             console.print(table)
         return
     with Live(console=console, auto_refresh=False) as live:
-        async for table in observe(router, interval_s=interval_s):
+        async for table in observe(router, interval_s=interval_s, sequences=sequences):
             live.update(table, refresh=True)
 
 
@@ -123,9 +163,9 @@ def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[
     if not load.total_blocks:
         return
     yield f"{1 - load.free_blocks / load.total_blocks:.0%}"
+    yield str(load.resident_tokens)
     yield str(load.running_sequences)
     yield str(load.waiting_sequences)
     rate = rates.get(instance.instance_id)
     yield "" if rate is None else f"{rate:.1f}"
     yield f"{(load.step_duration.seconds * 1e3 + load.step_duration.nanos / 1e6):.0f}"
-    yield str(load.output_tokens)

@@ -205,6 +205,7 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
         address="127.0.0.1:65535",
     )
     response.instances[0].address = "127.0.0.1:65535"
+    response.instances[0].load.resident_tokens = 123456
     response.ledger_available = False
     console = Console(width=80)
     with console.capture() as capture:
