@@ -129,10 +129,12 @@ class LocalCluster:
             await process.wait()
             if time.monotonic() - process.started_at_s > _STABLE_S:
                 delay_s = _FIRST_RESTART_DELAY_S
+            # Stopped on purpose, after a drain say, or not: a fresh process is how a drained instance comes back.
+            what = "has stopped" if process.returncode == 0 else f"died ({process.end})"
             if not restart:
-                self._report(f"{name} died ({process.end}); the others go on; its log: {process.log_path}")
+                self._report(f"{name} {what}; the others go on; its log: {process.log_path}")
                 return
-            self._report(f"{name} died ({process.end}); starting it again in {delay_s:g} s; log: {process.log_path}")
+            self._report(f"{name} {what}; starting it again in {delay_s:g} s; log: {process.log_path}")
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _MAX_RESTART_DELAY_S)
             await process.start()

@@ -61,9 +61,14 @@ class ServiceProcess:
         return self._process is not None and self._process.returncode is None
 
     @property
+    def returncode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._process.returncode if self._process is not None else None
+
+    @property
     def end(self) -> str:
         """How the process ended, for people; empty while it runs."""
-        code = self._process.returncode if self._process is not None else None
+        code = self.returncode
         if code is None:
             return ""
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
