@@ -6,6 +6,7 @@ no wire format (``starmesh.rpc.convert``) and no storage (``starmesh.ledger``). 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -165,7 +166,8 @@ class SequenceLoad:
 class InstanceLoad:
     """What an instance reports of itself. ``free_blocks`` counts cached blocks that could be evicted.
     ``transfer_backend`` is the one that its last pull used. Migrations in and out are those under way;
-    ``migrated_sequences`` counts those that have moved here since it started."""
+    ``migrated_sequences`` counts those that have moved here since it started. ``sequences`` is a tuple, or the same in
+    columns as ``SequenceLoads``: so the ledger hands it out."""
 
     total_blocks: int
     free_blocks: int
@@ -180,7 +182,7 @@ class InstanceLoad:
     incoming_migrations: int = 0
     outgoing_migrations: int = 0
     migrated_sequences: int = 0
-    sequences: tuple[SequenceLoad, ...] = ()
+    sequences: Sequence[SequenceLoad] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,14 @@ class Ownership:
 
     instance_id: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leadership:
+    """Which instance leads its role, and under which term: a number that rises with each change of leader."""
+
+    instance_id: str
+    term: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from enum import Enum
 from functools import lru_cache
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from starmesh.ledger import InvalidDocument
 from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES, MAX_TRANSFER_BACKENDS
+from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.types import (
     InstanceInfo,
     InstanceLoad,
@@ -23,7 +24,6 @@ from starmesh.types import (
     KvLayout,
     Ownership,
     Role,
-    SequenceLoad,
     TransferBackend,
 )
 
@@ -144,7 +144,7 @@ def decode_load(document: bytes) -> InstanceLoad:
         incoming_migrations=fields.count("incoming_migrations"),
         outgoing_migrations=fields.count("outgoing_migrations"),
         migrated_sequences=fields.count("migrated_sequences"),
-        sequences=tuple(_sequence(row) for row in fields.array("sequences", limit=MAX_SEQUENCES)),
+        sequences=_sequences(fields.array("sequences", limit=MAX_SEQUENCES)),
     )
     fields.end()
     return load
@@ -183,16 +183,20 @@ def _layout(fields: _Fields) -> KvLayout:
     return layout
 
 
-def _sequence(row: object) -> SequenceLoad:
+def _sequences(rows: Collection[object]) -> SequenceLoads:
+    """Check and keep by column: most of a ledger's documents are these rows."""
+    whole = [row for row in rows if isinstance(row, list) and len(row) == _SEQUENCE_COLUMNS]
+    request_ids, *counts = zip(*whole, strict=True) if whole else [()] * _SEQUENCE_COLUMNS
+    certain, predicted = counts[:-_PREDICTED_COLUMNS], counts[-_PREDICTED_COLUMNS:]
+    known = [[count for count in column if count is not None] for column in predicted]
     if (
-        not isinstance(row, list)
-        or len(row) != _SEQUENCE_COLUMNS
-        or not isinstance(row[0], str)
-        or not all(map(_is_count, row[1:-_PREDICTED_COLUMNS]))
-        or not all(value is None or _is_count(value) for value in row[-_PREDICTED_COLUMNS:])
+        len(whole) != len(rows)
+        or not set(map(type, request_ids)) <= {str}
+        or not all(map(_are_counts, (*certain, *known)))
     ):
         _refuse("load: sequences holds something other than a request id, five counts and three that may be null")
-    return SequenceLoad(*row)
+    filled = [[UNKNOWN if count is None else count for count in column] for column in predicted]
+    return SequenceLoads(request_ids, (*certain, *filled))
 
 
 class _Fields:
@@ -219,7 +223,7 @@ class _Fields:
     def member(self, kind: type[E], name: str) -> E:
         return _member(kind, self._take(name), f"{self._where}: {name}")
 
-    def array(self, name: str, *, limit: int) -> Iterable[object]:
+    def array(self, name: str, *, limit: int) -> Collection[object]:
         value = self._take(name)
         if isinstance(value, list) and len(value) <= limit:
             return value
@@ -259,6 +263,10 @@ def _member(kind: type[E], value: object, what: str) -> E:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _are_counts(values: Collection[Any]) -> bool:
+    return not values or (set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_COUNT)
 
 
 def _dump(fields: dict[str, object]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
@@ -41,7 +42,7 @@ def every_field_of(kind: type[Any]) -> st.SearchStrategy[Any]:
         float: st.floats(0, 1e9),
         KvLayout | None: st.none() | st.deferred(lambda: every_field_of(KvLayout)),
         tuple[TransferBackend, ...]: st.lists(st.sampled_from(TransferBackend), max_size=3).map(tuple),
-        tuple[SequenceLoad, ...]: st.lists(st.deferred(lambda: every_field_of(SequenceLoad)), max_size=3).map(tuple),
+        Sequence[SequenceLoad]: st.lists(st.deferred(lambda: every_field_of(SequenceLoad)), max_size=3).map(tuple),
     }
     return st.builds(
         kind,

@@ -1,0 +1,64 @@
+"""Sequences in columns are the same as in rows, to whoever reads or compares them."""
+
+from __future__ import annotations
+
+import copy
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starmesh.sequence_loads import COUNTS, UNKNOWN, SequenceLoads
+from starmesh.types import InstanceLoad, SequenceLoad
+
+pytestmark = pytest.mark.fast
+
+counts = st.integers(0, 2**53 - 1)
+sequences = st.lists(
+    st.builds(
+        SequenceLoad,
+        st.text(max_size=3),
+        *[counts] * 5,
+        *[st.none() | counts] * 3,
+    ),
+    max_size=4,
+).map(tuple)
+
+
+@given(sequences)
+def test_columns_are_the_rows(rows: tuple[SequenceLoad, ...]) -> None:
+    columns = SequenceLoads.of(rows)
+    numbers = array("q", columns.counts)
+    known = [[None if n == UNKNOWN else n for n in numbers[i : i + len(COUNTS)]] for i in range(0, len(numbers), 8)]
+    assert [SequenceLoad(name, *row) for name, row in zip(columns.request_ids, known, strict=True)] == list(rows)  # type: ignore[arg-type]
+
+
+@given(sequences, sequences)
+def test_reads_and_compares_like_a_tuple(rows: tuple[SequenceLoad, ...], others: tuple[SequenceLoad, ...]) -> None:
+    kept = SequenceLoads.of(rows)
+    made = copy.deepcopy(SequenceLoads(kept.request_ids, [[r[i] for r in by_row(kept)] for i in range(len(COUNTS))]))
+    assert SequenceLoads.of(made) is made
+    for columns in (kept, made):
+        assert (tuple(columns), len(columns), hash(columns), repr(columns)) == (rows, len(rows), hash(rows), repr(rows))
+        assert columns[:2] == rows[:2] and columns[-1:] == rows[-1:]
+        assert columns == rows and rows == columns and kept == columns
+        assert (columns == others) == (rows == others) == (columns == SequenceLoads.of(others))
+        assert columns != list(rows)
+        assert InstanceLoad(1, 1, sequences=columns) == InstanceLoad(1, 1, sequences=rows)
+
+
+def by_row(columns: SequenceLoads) -> list[array[int]]:
+    numbers = array("q", columns.counts)
+    return [numbers[i : i + len(COUNTS)] for i in range(0, len(numbers), len(COUNTS))]
+
+
+def test_columns_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        SequenceLoads(["a"], [[1], *[[]] * 7])
+    with pytest.raises(ValueError, match="8 counts"):
+        SequenceLoads(["a"], [[1, 2]] * 8)
+    with pytest.raises(ValueError, match="8 counts"):
+        SequenceLoads(["a"], [[1]] * 7)
+    with pytest.raises(OverflowError):
+        SequenceLoads(["a"], [[2**63]] * 8)
