@@ -107,8 +107,12 @@ class Ledger(Protocol):
         """Who owns the sequence now."""
         ...
 
-    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
-        """Keep the ownership entries of ``owned`` (request id to epoch) for longer; other epochs are left alone."""
+    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> list[str]:
+        """Keep the ownership entries of ``owned`` (request id to epoch) for longer; other epochs are left alone.
+
+        Returns the request ids, in the order of ``owned``, that have no entry at all: it expired, or the store
+        restarted empty. Not atomic over many: an entry may go or come between one and the next.
+        """
         ...
 
     async def disown(self, request_id: str, epoch: int) -> None:

@@ -143,14 +143,18 @@ class MemoryLedger:
             return None
         return ownership
 
-    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
+    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> list[str]:
         check_ids(*owned)
         check_ttl(ttl_s)
+        missing: list[str] = []
         for request_id, epoch in owned.items():
             check_epoch(epoch)
             current = await self.owner(request_id)
-            if current is not None and current.epoch == epoch:
+            if current is None:
+                missing.append(request_id)
+            elif current.epoch == epoch:
                 self._owners[request_id] = (current, self._clock.now_s() + ttl_s)
+        return missing
 
     async def disown(self, request_id: str, epoch: int) -> None:
         check_ids(request_id)

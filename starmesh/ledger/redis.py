@@ -205,17 +205,20 @@ class RedisLedger:
         found = await self._call(self._client.get(self._owner(request_id)))
         return None if found is None else decode_ownership(found)
 
-    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> None:
+    async def renew(self, owned: dict[str, int], *, ttl_s: float) -> list[str]:
         check_ids(*owned)
         for epoch in owned.values():
             check_epoch(epoch)
         ttl_ms = check_ttl(ttl_s)
         # In batches: a script stops the server for as long as it runs.
         request_ids = list(owned)
+        missing: list[str] = []
         for start in range(0, len(request_ids), RENEW_BATCH):
             batch = request_ids[start : start + RENEW_BATCH]
             keys = [self._owner(request_id) for request_id in batch]
-            await self._run("renew", keys, [ttl_ms, *(owned[request_id] for request_id in batch)])
+            absent = await self._run("renew", keys, [ttl_ms, *(owned[request_id] for request_id in batch)])
+            missing += [batch[place - 1] for place in absent]
+        return missing
 
     async def disown(self, request_id: str, epoch: int) -> None:
         check_ids(request_id)

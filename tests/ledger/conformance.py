@@ -256,7 +256,8 @@ class LedgerConformance:
     async def test_ownership_expires_unless_renewed(self, ledger: Ledger, lapse: Lapse) -> None:
         for name in ("renewed", "lapses", "stale"):
             await ledger.claim(name, "a", expected=None, epoch=2, ttl_s=MEDIUM_S)
-        await ledger.renew({"renewed": 2, "stale": 1, "missing": 1}, ttl_s=LONG_S)
+        owned = {"absent": 1, "renewed": 2, "stale": 1, "missing": 1}
+        assert await ledger.renew(owned, ttl_s=LONG_S) == ["absent", "missing"]
 
         async def gone() -> bool:
             return await ledger.owner("lapses") is None and await ledger.owner("stale") is None
@@ -267,12 +268,13 @@ class LedgerConformance:
         await ledger.claim("lapses", "b", expected=None, epoch=1, ttl_s=LONG_S)
 
     async def test_renews_more_than_a_batch(self, ledger: Ledger, lapse: Lapse) -> None:
-        await ledger.renew({}, ttl_s=LONG_S)
+        assert await ledger.renew({}, ttl_s=LONG_S) == []
         owned = {f"r{i}": 1 + i % 3 for i in range(1100)}
         for name in ("r0", "r511", "r512", "r1099"):
             await ledger.claim(name, "a", expected=None, epoch=owned[name], ttl_s=MEDIUM_S)
         await ledger.claim("not-renewed", "a", expected=None, epoch=1, ttl_s=MEDIUM_S)
-        await ledger.renew(owned, ttl_s=LONG_S)
+        missing = await ledger.renew(owned, ttl_s=LONG_S)
+        assert missing == [name for name in owned if name not in ("r0", "r511", "r512", "r1099")]
 
         async def gone() -> bool:
             return await ledger.owner("not-renewed") is None
