@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Protocol
 
-from starmesh.types import ClusterView, InstanceInfo, InstanceLoad, InstanceState, Ownership
+from starmesh.types import ClusterView, InstanceInfo, InstanceLoad, InstanceState, Leadership, Ownership, Role
 
 
 class LedgerError(Exception):
@@ -117,6 +117,24 @@ class Ledger(Protocol):
 
     async def disown(self, request_id: str, epoch: int) -> None:
         """Remove the ownership entry of this epoch or older."""
+        ...
+
+    async def lead(self, role: Role, instance_id: str, incarnation: str, *, ttl_s: float) -> int | None:
+        """Take the lead of a role for ``ttl_s``, or keep it for as long again. Returns the term, None while another
+        leads.
+
+        Atomic. A leader keeps its term while it comes back in time; after that even the same process gets a new one.
+        Each new term is above all before it, and at least the store's clock in milliseconds: a store that restarted
+        empty goes on above the terms that instances have seen, unless its clock was set back by more than it was away.
+        """
+        ...
+
+    async def resign(self, role: Role, instance_id: str, incarnation: str) -> None:
+        """Give the lead up, so that another need not wait for its end; does nothing if another leads."""
+        ...
+
+    async def leader(self, role: Role) -> Leadership | None:
+        """Who leads the role now."""
         ...
 
     async def close(self) -> None:

@@ -25,8 +25,10 @@ from starmesh.types import (
     InstanceLoad,
     InstanceState,
     InstanceView,
+    Leadership,
     Ownership,
     Reservation,
+    Role,
 )
 
 
@@ -39,6 +41,13 @@ class _Registration:
     reservations: dict[str, Reservation] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lead:
+    leadership: Leadership
+    incarnation: str
+    expires_at_s: float
+
+
 class MemoryLedger:
     """A ledger on a clock of the caller's choice."""
 
@@ -46,6 +55,7 @@ class MemoryLedger:
         self._clock = clock
         self._registrations: dict[str, _Registration] = {}
         self._owners: dict[str, tuple[Ownership, float]] = {}
+        self._leads: dict[Role, _Lead] = {}
 
     async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
         check_info(info)
@@ -162,6 +172,30 @@ class MemoryLedger:
         current = await self.owner(request_id)
         if current is not None and current.epoch <= epoch:
             del self._owners[request_id]
+
+    async def lead(self, role: Role, instance_id: str, incarnation: str, *, ttl_s: float) -> int | None:
+        check_ids(instance_id, incarnation)
+        check_ttl(ttl_s)
+        now_s = self._clock.now_s()
+        last = self._leads.get(role)
+        if last is None or last.expires_at_s <= now_s:
+            term = max(1 if last is None else last.leadership.term + 1, int(now_s * 1000))
+        elif (last.leadership.instance_id, last.incarnation) == (instance_id, incarnation):
+            term = last.leadership.term
+        else:
+            return None
+        self._leads[role] = _Lead(Leadership(instance_id, term), incarnation, now_s + ttl_s)
+        return term
+
+    async def resign(self, role: Role, instance_id: str, incarnation: str) -> None:
+        check_ids(instance_id, incarnation)
+        last = self._leads.get(role)
+        if last is not None and (last.leadership.instance_id, last.incarnation) == (instance_id, incarnation):
+            self._leads[role] = dataclasses.replace(last, expires_at_s=self._clock.now_s())
+
+    async def leader(self, role: Role) -> Leadership | None:
+        last = self._leads.get(role)
+        return None if last is None or last.expires_at_s <= self._clock.now_s() else last.leadership
 
     async def close(self) -> None:
         """There is nothing to release."""

@@ -7,6 +7,7 @@ server's clock. Keys of one cluster share a hash tag and so one slot:
     {starmesh:CLUSTER}:instance:ID        hash of registration and last load, expiring together
     {starmesh:CLUSTER}:reservations:ID    hash of request id to "tokens expires_us"
     {starmesh:CLUSTER}:owner:REQUEST      "epoch instance_id"
+    {starmesh:CLUSTER}:leader:ROLE        hash of the last leader, its term and the end of its lead; outlives that end
 
 Nothing is tried twice: a caller with a deadline knows better whether to. Owns no policy and no background task.
 """
@@ -42,6 +43,7 @@ from starmesh.ledger.codec import (
     encode_ownership,
 )
 from starmesh.ledger.limits import (
+    MAX_TTL_S,
     check_claim,
     check_cluster,
     check_epoch,
@@ -57,15 +59,20 @@ from starmesh.types import (
     InstanceLoad,
     InstanceState,
     InstanceView,
+    Leadership,
     Ownership,
     Reservation,
+    Role,
 )
 
 DEFAULT_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
 RENEW_BATCH = 512
 
-_SCRIPTS = ("register", "report", "set_state", "deregister", "view", "reserve", "claim", "renew", "disown")
+_SCRIPTS = (
+    *("register", "report", "set_state", "deregister", "view", "reserve", "claim", "renew", "disown"),
+    *("lead", "resign", "leader"),
+)
 _UNAVAILABLE = (
     OSError,
     exceptions.ConnectionError,
@@ -225,6 +232,25 @@ class RedisLedger:
         check_epoch(epoch)
         await self._run("disown", [self._owner(request_id)], [epoch])
 
+    async def lead(self, role: Role, instance_id: str, incarnation: str, *, ttl_s: float) -> int | None:
+        check_ids(instance_id, incarnation)
+        ttl_ms = check_ttl(ttl_s)
+        # Longer than any lead: by its end the clock alone is above the last term.
+        keep_ms = 2 * check_ttl(MAX_TTL_S)
+        term = await self._run("lead", [self._leader(role)], [ttl_ms, keep_ms, instance_id, incarnation])
+        return None if term is None else decode_count(term, "leader: term")
+
+    async def resign(self, role: Role, instance_id: str, incarnation: str) -> None:
+        check_ids(instance_id, incarnation)
+        await self._run("resign", [self._leader(role)], [instance_id, incarnation])
+
+    async def leader(self, role: Role) -> Leadership | None:
+        found = await self._run("leader", [self._leader(role)], [])
+        if found is None:
+            return None
+        instance_id, term = found
+        return Leadership(instance_id.decode(errors="replace"), decode_count(term, "leader: term"))
+
     async def close(self) -> None:
         for task in self._running:
             task.cancel()
@@ -237,6 +263,9 @@ class RedisLedger:
 
     def _reservations(self, instance_id: str) -> str:
         return f"{self._prefix}reservations:{instance_id}"
+
+    def _leader(self, role: Role) -> str:
+        return f"{self._prefix}leader:{role.value}"
 
     def _owner(self, request_id: str) -> str:
         return f"{self._prefix}owner:{request_id}"

@@ -16,6 +16,7 @@ from starmesh.types import (
     InstanceState,
     InstanceView,
     KvLayout,
+    Leadership,
     Ownership,
     Role,
     SequenceLoad,
@@ -27,6 +28,7 @@ LONG_S = 600.0
 SHORT_S = 0.03
 MEDIUM_S = 1.0
 
+ROLE = Role.RESCHEDULER
 LAYOUT = KvLayout(model_revision="r", dtype="float32", layers=2, kv_heads=1, head_dim=8, block_tokens=16)
 
 # Awaits until the condition holds; virtual time moves on by MEDIUM_S.
@@ -296,6 +298,61 @@ class LedgerConformance:
         await ledger.disown("r", 10)
         assert await ledger.owner("r") is None
 
+    async def test_one_leads_until_it_resigns(self, ledger: Ledger) -> None:
+        assert await ledger.leader(ROLE) is None
+        term = await ledger.lead(ROLE, "a", "one", ttl_s=LONG_S)
+        assert term is not None and term > 0
+        assert await ledger.lead(ROLE, "b", "one", ttl_s=LONG_S) is None
+        assert await ledger.lead(ROLE, "a", "two", ttl_s=LONG_S) is None
+        assert await ledger.lead(ROLE, "a", "one", ttl_s=LONG_S) == term
+        assert await ledger.leader(ROLE) == Leadership("a", term)
+        assert await ledger.leader(Role.PREDICTOR) is None
+        for other in (("b", "one"), ("a", "two")):
+            await ledger.resign(ROLE, *other)
+        assert await ledger.leader(ROLE) == Leadership("a", term)
+        await ledger.resign(ROLE, "a", "one")
+        assert await ledger.leader(ROLE) is None
+        await ledger.resign(ROLE, "a", "one")
+        newer = await ledger.lead(ROLE, "b", "one", ttl_s=LONG_S)
+        assert newer is not None and newer > term
+        await ledger.resign(ROLE, "a", "one")
+        assert await ledger.leader(ROLE) == Leadership("b", newer)
+
+    async def test_terms_rise_with_each_lead(self, ledger: Ledger) -> None:
+        terms = []
+        for turn in range(20):
+            terms.append(await ledger.lead(ROLE, f"r{turn % 2}", "one", ttl_s=LONG_S))
+            await ledger.resign(ROLE, f"r{turn % 2}", "one")
+        assert None not in terms and terms == sorted(set(terms))  # type: ignore[type-var]
+
+    async def test_a_lead_ends_unless_renewed(self, ledger: Ledger, lapse: Lapse) -> None:
+        first = await ledger.lead(ROLE, "a", "one", ttl_s=SHORT_S)
+        assert first is not None
+
+        async def over() -> bool:
+            return await ledger.leader(ROLE) is None
+
+        await lapse(over)
+        # Nobody knows what the leader did not do meanwhile: it too begins anew.
+        second = await ledger.lead(ROLE, "a", "one", ttl_s=SHORT_S)
+        assert second is not None and second > first
+        await lapse(over)
+        third = await ledger.lead(ROLE, "b", "one", ttl_s=MEDIUM_S)
+        assert third is not None and third > second
+        assert await ledger.lead(ROLE, "b", "one", ttl_s=LONG_S) == third
+        await ledger.register(instance(), ttl_s=MEDIUM_S)
+
+        async def gone() -> bool:
+            return not (await ledger.view()).instances
+
+        await lapse(gone)
+        assert await ledger.leader(ROLE) == Leadership("b", third)
+
+    async def test_concurrent_candidates_have_one_leader(self, ledger: Ledger) -> None:
+        terms = await asyncio.gather(*(ledger.lead(ROLE, f"r{i}", "one", ttl_s=LONG_S) for i in range(50)))
+        (winner,) = [i for i, term in enumerate(terms) if term is not None]
+        assert await ledger.leader(ROLE) == Leadership(f"r{winner}", terms[winner] or 0)
+
     @pytest.mark.parametrize("bad", ["", "a b", "a" * 129, "ä", "{x}", "a\n"])
     async def test_refuses_malformed_ids(self, ledger: Ledger, bad: str) -> None:
         for call in (
@@ -310,6 +367,8 @@ class LedgerConformance:
             ledger.owner(bad),
             ledger.renew({bad: 1}, ttl_s=1),
             ledger.disown(bad, 1),
+            ledger.lead(ROLE, bad, "one", ttl_s=1),
+            ledger.resign(ROLE, "a", bad),
         ):
             with pytest.raises(ValueError, match="an id is"):
                 await call
@@ -326,6 +385,7 @@ class LedgerConformance:
             ledger.claim("r", "a", expected=None, epoch=2**53, ttl_s=1),
             ledger.renew({"r": 0}, ttl_s=1),
             ledger.disown("r", 0),
+            ledger.lead(ROLE, "a", "one", ttl_s=0),
         ):
             with pytest.raises(ValueError):
                 await call

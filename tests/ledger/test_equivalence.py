@@ -17,7 +17,7 @@ from starmesh.clock import VirtualClock
 from starmesh.ledger import Ledger, LedgerError, OwnershipConflict, ReservationRefused
 from starmesh.ledger.memory import MemoryLedger
 from starmesh.ledger.redis import RedisLedger
-from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, Ownership, SequenceLoad
+from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, Ownership, Role, SequenceLoad
 
 from .conformance import instance
 from .conftest import until
@@ -38,6 +38,7 @@ class Draw:
     def operation(self) -> tuple[str, Operation]:
         make = self.random.choice(
             [self.register, self.set_state, self.deregister, self.release, self.owner, self.renew, self.disown]
+            + [self.lead, self.resign]
             + 2 * [self.report]
             + 3 * [self.reserve, self.claim]
         )
@@ -106,6 +107,24 @@ class Draw:
         request_id, epoch = self._request_id(), self.random.randint(1, 3)
         return lambda ledger, _: ledger.disown(request_id, epoch)
 
+    def lead(self) -> Operation:
+        ids = (self._instance_id(), self._incarnation())
+
+        async def lead(ledger: Ledger, ttl_s: float) -> bool:
+            # Terms are by the store's clock.
+            return await ledger.lead(Role.RESCHEDULER, *ids, ttl_s=ttl_s) is not None
+
+        return lead
+
+    def resign(self) -> Operation:
+        ids = (self._instance_id(), self._incarnation())
+        return lambda ledger, _: ledger.resign(Role.RESCHEDULER, *ids)
+
+
+async def leader(ledger: Ledger) -> str | None:
+    leads = await ledger.leader(Role.RESCHEDULER)
+    return leads and leads.instance_id
+
 
 async def answer(operation: Operation, ledger: Ledger, ttl_s: float) -> object:
     """What the operation returned or raised, as something to compare."""
@@ -156,6 +175,7 @@ async def test_both_ledgers_answer_alike(redis_ledger: RedisLedger, seed: int) -
             assert await answer(operation, redis_ledger, LONG_S) == expected, where
             seen.add(f"{name}: {expected}" if isinstance(expected, bool) else name)
         assert timeless(await redis_ledger.view()) == timeless(await memory.view()), where
+        assert await leader(redis_ledger) == await leader(memory), where
         request_ids = [f"r{request}" for request in range(5)]
         owners = await asyncio.gather(*map(redis_ledger.owner, request_ids))
         assert owners == [await memory.owner(request_id) for request_id in request_ids], where

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from starmesh.ledger import InvalidDocument, LedgerError, LedgerUnavailable, Refusal, ReservationRefused
 from starmesh.ledger.redis import RedisLedger
 from starmesh.ledger.server import EmbeddedServer
-from starmesh.types import Ownership
+from starmesh.types import Ownership, Role
 
 from .conformance import LONG_S, instance, load
 
@@ -49,6 +49,9 @@ async def test_killed_server_is_unavailable_at_once(own_server: EmbeddedServer) 
         ledger.owner("r"),
         ledger.renew({"r": 1}, ttl_s=1),
         ledger.disown("r", 1),
+        ledger.lead(Role.RESCHEDULER, "r", "one", ttl_s=1),
+        ledger.resign(Role.RESCHEDULER, "r", "one"),
+        ledger.leader(Role.RESCHEDULER),
         ledger.deregister("decode-0", "one"),
     ):
         # Far below timeout_s: a refused connection is not tried again.
@@ -64,11 +67,14 @@ async def test_server_that_restarts_empty_is_used_again(tcp: bool) -> None:
         ledger = RedisLedger.connect(own.url, timeout_s=10.0)
         await ledger.register(instance(), ttl_s=LONG_S)
         await ledger.claim("r", "decode-0", expected=None, epoch=1, ttl_s=LONG_S)
+        term = await ledger.lead(Role.RESCHEDULER, "a", "one", ttl_s=LONG_S)
         os.kill(own.pid, signal.SIGKILL)
         await own.restart()
         assert (await ledger.view()).instances == ()
         assert not await ledger.report("decode-0", "one", load(), ttl_s=LONG_S)
         assert await ledger.owner("r") is None
+        later = await ledger.lead(Role.RESCHEDULER, "b", "one", ttl_s=LONG_S)
+        assert term is not None and later is not None and later > term
         await ledger.register(instance(), ttl_s=LONG_S)
         assert await ledger.report("decode-0", "one", load(), ttl_s=LONG_S)
         await ledger.reserve("r", "decode-0", 1, limit_tokens=1, ttl_s=LONG_S)
@@ -167,11 +173,14 @@ async def test_every_key_expires_and_shares_one_hash_tag(redis_ledger: RedisLedg
     await redis_ledger.report("decode-0", "one", load(), ttl_s=2 * LONG_S)
     await redis_ledger.reserve("r", "decode-0", 1, limit_tokens=1, ttl_s=LONG_S)
     await redis_ledger.claim("r", "decode-0", expected=None, epoch=1, ttl_s=LONG_S)
+    await redis_ledger.lead(Role.RESCHEDULER, "a", "one", ttl_s=LONG_S)
     tag = f"{{starmesh:{cluster}}}:"
     expiry_ms = {
         key.decode().removeprefix(tag): await raw.pexpiretime(key) async for key in raw.scan_iter(f"*{cluster}*")
     }
-    assert set(expiry_ms) == {"instances", "instance:decode-0", "reservations:decode-0", "owner:r"}
+    assert set(expiry_ms) == {
+        *("instances", "instance:decode-0", "reservations:decode-0", "owner:r", "leader:rescheduler")
+    }
     assert all(at_ms > 0 for at_ms in expiry_ms.values())
     assert expiry_ms["instances"] >= expiry_ms["instance:decode-0"] > expiry_ms["reservations:decode-0"]
 
@@ -264,6 +273,23 @@ async def test_foreign_reservations_and_owners_are_refused(redis_ledger: RedisLe
             await redis_ledger.owner("r")
         with pytest.raises(InvalidDocument):
             await redis_ledger.claim("r", "d1", expected=None, epoch=1, ttl_s=LONG_S)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"term": "soon"}, {"term": "", "instance_id": "a"}, {"expires_ms": "", "instance_id": "a"}, "a string"]
+)
+async def test_a_foreign_leader_is_refused(
+    redis_ledger: RedisLedger, raw: Redis, cluster: str, fields: dict[str, str] | str
+) -> None:
+    key = f"{{starmesh:{cluster}}}:leader:rescheduler"
+    if isinstance(fields, str):
+        await raw.set(key, fields)
+    else:
+        await raw.hset(key, mapping={"term": "7", "expires_ms": str(2**52)} | fields)
+    with pytest.raises(InvalidDocument):
+        await redis_ledger.leader(Role.RESCHEDULER)
+    with pytest.raises(InvalidDocument):
+        await redis_ledger.lead(Role.RESCHEDULER, "a", "one", ttl_s=LONG_S)
 
 
 async def test_unready_blocks_of_a_foreign_load_are_refused(
