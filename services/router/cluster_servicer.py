@@ -12,6 +12,8 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.router.ledger_watch import LedgerWatch
+from services.router.operator_moves import follow_move, plan_move
+from services.router.owners import Owners
 from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
 from starmesh.rpc import convert
@@ -32,9 +34,10 @@ _RETRY_DELAY_S = 1.0
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves operators."""
 
-    def __init__(self, router: Router, watch: LedgerWatch, *, dispatch_policy: str) -> None:
+    def __init__(self, router: Router, watch: LedgerWatch, owners: Owners, *, dispatch_policy: str) -> None:
         self._router = router
         self._watch = watch
+        self._owners = owners
         self._dispatch_policy = dispatch_policy
 
     async def ListInstances(  # noqa: N802 - gRPC's name
@@ -72,16 +75,16 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
         check_request_id(request.instance_id, "instance_id")
-        view = await self._watch.refresh()
-        found = [view.info for view in view.instances if view.info.instance_id == request.instance_id]
-        if not found:
+        await self._watch.refresh()
+        found = self._watch.find(request.instance_id)
+        if found is None:
             raise StatusError(grpc.StatusCode.NOT_FOUND, f"the ledger has no instance {request.instance_id}")
-        if found[0].role not in (Role.PREFILL, Role.DECODE):
-            raise bad_field("instance_id", f"is a {found[0].role.value}; only prefill and decode instances drain")
+        if found.role not in (Role.PREFILL, Role.DECODE):
+            raise bad_field("instance_id", f"is a {found.role.value}; only prefill and decode instances drain")
         remaining_s = context.time_remaining()
         timeout_s = _DRAIN_TIMEOUT_S if remaining_s is None else min(_DRAIN_TIMEOUT_S, remaining_s)
         try:
-            async with open_channel(found[0].address) as channel:
+            async with open_channel(found.address) as channel:
                 stub = cluster_pb2_grpc.InstanceServiceStub(channel)
                 drained = await stub.DrainInstance(cluster_pb2.DrainInstanceRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -91,6 +94,21 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 _RETRY_DELAY_S,
             ) from None
         return cluster_pb2.DrainResponse(state=drained.state, remaining_sequences=drained.remaining_sequences)
+
+    async def MigrateSequence(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.MigrateSequenceRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.MigrateSequenceResponse]:
+        check_request_id(request.request_id)
+        check_request_id(request.target_instance_id, "target_instance_id")
+        view = await self._watch.refresh()
+        owner = await self._owners.find(request.request_id)
+        move = plan_move(view, owner, request.request_id, request.target_instance_id)
+        headers = dict(context.invocation_metadata() or ())
+        order = move.order(traceparent=str(headers.get("traceparent", "")))
+        source_id = move.source.instance_id
+        # A caller that goes ends this call with its own; the migration goes on.
+        async for progress in follow_move(move, order, timeout_s=context.time_remaining()):
+            yield cluster_pb2.MigrateSequenceResponse(source_instance_id=source_id, progress=progress)
 
 
 def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:

@@ -10,39 +10,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import grpc.aio
 
 from services.router.flight import InstanceLost
 from starmesh.rpc.channels import open_channel
-from starmesh.types import InstanceInfo
+from starmesh.types import InstanceInfo, Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc, sequence_pb2
 
 log = logging.getLogger(__name__)
 
-# Starts and cancels that may wait for a peer that reads slowly. One that lets so many gather is as good as dead.
+# What may wait for a peer that reads slowly. One that lets so many messages gather is as good as dead.
 MAX_QUEUED_MESSAGES = 4096
 
 
 class Receiver(Protocol):
-    """Who hears of a request. Neither call may block or raise."""
+    """Who hears of a request. No call may block or raise."""
 
     def deliver(self, output: sequence_pb2.SequenceOutput) -> None:
         """Take an output."""
         ...
 
+    def moved(self, move: decode_pb2.SequenceMove) -> bool:
+        """The sequence goes on elsewhere, after the outputs so far. Returns whether the receiver will go there."""
+        ...
+
     def lost(self, error: InstanceLost) -> None:
-        """The stream broke; the instance has cancelled the sequence, or is dead."""
+        """The stream broke; the instance has cancelled the sequence, or is dead, or has moved it away."""
         ...
 
 
 class DecodeLink:
     """A Decode stream to one incarnation of an instance; opened by the constructor."""
 
-    def __init__(self, instance: InstanceInfo) -> None:
+    def __init__(self, instance: InstanceInfo, *, on_stray: Callable[[decode_pb2.SequenceMove], None]) -> None:
+        """``on_stray`` hears of moves that no receiver goes along with."""
         self.instance = instance
+        self._on_stray = on_stray
         self._receivers: dict[str, Receiver] = {}
         self._outgoing: asyncio.Queue[decode_pb2.DecodeRequest | None] = asyncio.Queue(MAX_QUEUED_MESSAGES)
         self._loop = asyncio.get_running_loop()
@@ -71,11 +77,12 @@ class DecodeLink:
 
     def start(self, receiver: Receiver, message: decode_pb2.StartSequence) -> None:
         """Start a sequence; its outputs go to ``receiver`` until ``leave``. Raises InstanceLost."""
-        if self._lost is None:
-            self._send(decode_pb2.DecodeRequest(start=message))
-        if self._lost is not None:
-            raise self._lost
-        self._receivers[message.sequence.request_id] = receiver
+        self._enter(receiver, message.sequence.request_id, decode_pb2.DecodeRequest(start=message))
+
+    def attach(self, receiver: Receiver, message: decode_pb2.AttachSequence) -> None:
+        """Ask for a sequence that has moved here; its outputs go to ``receiver`` until ``leave``. Raises
+        InstanceLost."""
+        self._enter(receiver, message.request_id, decode_pb2.DecodeRequest(attach=message))
 
     def leave(self, receiver: Receiver, request_id: str) -> None:
         """Stop listening to a request, unless another receiver has taken its id over."""
@@ -109,6 +116,13 @@ class DecodeLink:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
+    def _enter(self, receiver: Receiver, request_id: str, message: decode_pb2.DecodeRequest) -> None:
+        if self._lost is None:
+            self._send(message)
+        if self._lost is not None:
+            raise self._lost
+        self._receivers[request_id] = receiver
+
     def _send(self, message: decode_pb2.DecodeRequest) -> None:
         try:
             self._outgoing.put_nowait(message)
@@ -132,6 +146,11 @@ class DecodeLink:
                         receiver = receivers.get(output.request_id)
                         if receiver is not None:
                             receiver.deliver(output)
+                    # After the outputs: the last tokens of a sequence that moves are in the same message or before.
+                    for move in response.moves:
+                        receiver = receivers.get(move.request_id)
+                        if receiver is None or not receiver.moved(move):
+                            self._on_stray(move)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         except Exception as error:
@@ -144,18 +163,33 @@ class DecodeLink:
 class DecodeLinks:
     """The links by instance, opened on first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[str], InstanceInfo | None]) -> None:
+        """``find`` tells what the ledger knows of an instance."""
+        self._find = find
         self._links: dict[str, DecodeLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, instance: InstanceInfo) -> DecodeLink:
         """The link to this incarnation of an instance: a new one where the last broke or the process is another."""
         link = self._links.get(instance.instance_id)
-        if link is None or link.broken or link.instance.incarnation != instance.incarnation:
+        if link is None or link.broken or not _same_process(link.instance, instance):
             if link is not None:
                 self._close(link)
-            link = self._links[instance.instance_id] = DecodeLink(instance)
+            link = self._links[instance.instance_id] = DecodeLink(instance, on_stray=self._refuse)
+        elif not link.instance.incarnation:
+            link.instance = instance
         return link
+
+    def locate(self, instance_id: str, address: str) -> InstanceInfo:
+        """The instance that a move names.
+
+        It has just been spoken to at ``address``. The last look at the ledger may be older and know another process of
+        its name, or none; its incarnation is left open then.
+        """
+        info = self._find(instance_id)
+        if info is None or info.address != address:
+            info = InstanceInfo(instance_id, incarnation="", role=Role.DECODE, address=address)
+        return info
 
     def prune(self, missing: set[str], *, silent_s: float) -> None:
         """Give up links whose instance is in ``missing`` and has sent nothing for ``silent_s``, and forget those that
@@ -168,13 +202,25 @@ class DecodeLinks:
 
     async def close(self) -> None:
         """End all links."""
-        for link in self._links.values():
-            self._close(link)
-        self._links.clear()
-        while self._closing:
+        # A message that is read meanwhile may open another, to pass a stray move on.
+        while self._links or self._closing:
+            for link in self._links.values():
+                self._close(link)
+            self._links.clear()
             await asyncio.gather(*self._closing)
 
     def _close(self, link: DecodeLink) -> None:
         task = asyncio.create_task(link.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _refuse(self, move: decode_pb2.SequenceMove) -> None:
+        """Nobody here goes along with a sequence: its new owner need not wait for us to come."""
+        self.get(self.locate(move.instance_id, move.address)).cancel(move.request_id, move.epoch)
+
+
+def _same_process(linked: InstanceInfo, wanted: InstanceInfo) -> bool:
+    """Whether a link serves for an instance. Where a move left the incarnation open, the address decides."""
+    if linked.incarnation and wanted.incarnation:
+        return linked.incarnation == wanted.incarnation
+    return linked.address == wanted.address

@@ -19,7 +19,7 @@ import grpc
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
 from starmesh.ledger import Ledger, LedgerError, ReservationRefused
-from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
+from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Room, Waiting
 from starmesh.policy.dispatch import (
     POLICIES,
     Decision,
@@ -90,6 +90,7 @@ class Dispatcher:
         self._started_queue = AdmissionQueue(settings.max_requests)
         self._turns: dict[str, asyncio.Event] = {}
         self._reserved: dict[str, str] = {}
+        self._moved: dict[str, str] = {}
         self._last_reason: NoPlacement | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -126,8 +127,24 @@ class Dispatcher:
         self._local.remove(request_id, instance_id)
         self.wake()
 
+    def moved(self, request_id: str, instance_id: str, need: Need) -> None:
+        """A request has moved to another decode instance, which has set blocks aside for it: it counts there until a
+        report includes it, and no more where it was. Asks nobody; what is reserved in the ledger where the request was
+        first goes with that instance's report as ever, or with ``release``."""
+        for former in (self._reserved.get(request_id), self._moved.pop(request_id, None)):
+            if former is not None:
+                self._local.remove(request_id, former)
+        for view in self._watch.view.instances:
+            if view.info.instance_id == instance_id:
+                self._local.add(request_id, instance_id, Room(view, self._config.admission).reserve_tokens(need))
+        self._moved[request_id] = instance_id
+        self.wake()
+
     async def release(self, request_id: str) -> None:
         """Drop what is reserved for a request."""
+        moved_to = self._moved.pop(request_id, None)
+        if moved_to is not None:
+            self._local.remove(request_id, moved_to)
         instance_id = self._reserved.pop(request_id, None)
         if instance_id is None:
             return
@@ -200,7 +217,7 @@ class Dispatcher:
             if decision.decode is None:
                 return None
             decode_id, tokens = decision.decode.instance_id, decision.decode.reserve_tokens
-            if self._reserved.get(demand.request_id, decode_id) != decode_id:
+            if self._reserved.get(demand.request_id, decode_id) != decode_id or demand.request_id in self._moved:
                 await self.release(demand.request_id)
             # Counted before the ledger is asked, so that requests that come meanwhile go elsewhere.
             self._reserved[demand.request_id] = decode_id

@@ -16,8 +16,8 @@ from services.router.answer import Answer, Detokenizer, Piece
 from services.router.stream import TokenStream, Verdict
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, from_sequence_status
-from starmesh.types import FinishReason
-from starmesh.v1 import sequence_pb2
+from starmesh.types import FinishReason, Ownership
+from starmesh.v1 import decode_pb2, sequence_pb2
 
 
 class InstanceLost(Exception):
@@ -57,7 +57,16 @@ class Ended:
     by_instance: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The sequence goes on under another owner, whose instance listens at ``address``: host:port."""
+
+    owner: Ownership
+    address: str
+
+
 Outcome = Refused | Lost | Broken | Ended
+"""What becomes of a sequence where it does not move."""
 
 
 class Flight:
@@ -80,12 +89,14 @@ class Flight:
         self.stream = TokenStream()
         self.cached_tokens = 0
         self.recoveries = 0
+        self.migrations = 0
         self.error: StatusError | None = None
         self._answer = Answer(self.stream, detokenizer)
         self._window_s = coalesce_window_s
         self._on_ready = on_ready
         self._timer: asyncio.TimerHandle | None = None
-        self._outcome: asyncio.Future[Outcome] | None = None
+        self._outcome: asyncio.Future[Outcome | Moved] | None = None
+        self._on_newer_epoch: Callable[[int], None] | None = None
 
     def __repr__(self) -> str:
         return f"<Flight {self.request_id} {self.stream!r}>"
@@ -120,11 +131,25 @@ class Flight:
         """The instance that has the sequence is gone."""
         self._settle(Lost(error))
 
+    def moved(self, move: decode_pb2.SequenceMove) -> bool:
+        """The instance that had the sequence says who goes on with it. Returns whether this request will go there;
+        not if it has ended, or if the move is of the past."""
+        if self.ended or move.epoch <= self.stream.epoch:
+            return False
+        return self._settle(Moved(Ownership(move.instance_id, move.epoch), move.address))
+
     # What the life calls.
 
-    def begin(self, epoch: int) -> asyncio.Future[Outcome]:
-        """Start to listen to a new owner; older ones are refused from now on. The future says how it ends."""
+    def begin(
+        self, epoch: int, *, on_newer_epoch: Callable[[int], None] | None = None
+    ) -> asyncio.Future[Outcome | Moved]:
+        """Start to listen to a new owner; older ones are refused from now on. The future says how it ends.
+
+        ``on_newer_epoch`` hears of an epoch that this owner has raised by itself: it took the sequence back from a
+        migration that did not end.
+        """
         self.stream.begin(epoch)
+        self._on_newer_epoch = on_newer_epoch
         if self._outcome is not None:
             self._outcome.cancel()
         self._outcome = asyncio.get_running_loop().create_future()
@@ -132,14 +157,18 @@ class Flight:
 
     def accept(self, epoch: int, offset: int, token_ids: Sequence[int], reason: FinishReason | None) -> None:
         """Take tokens of an owner."""
-        verdict = self.stream.accept(epoch, offset, token_ids, reason)
+        stream = self.stream
+        known_epoch = stream.epoch
+        verdict = stream.accept(epoch, offset, token_ids, reason)
+        if stream.epoch != known_epoch and self._on_newer_epoch is not None:
+            self._on_newer_epoch(epoch)
         if verdict is Verdict.NEW:
             self._notify()
         elif verdict is Verdict.END:
             self._settle(Ended(by_instance=reason is not None))
             self._notify()
         elif verdict is Verdict.GAP:
-            held = len(self.stream.token_ids)
+            held = len(stream.token_ids)
             self._settle(Broken(f"epoch {epoch} continues at token {offset}, {held} are here"))
 
     def find_finish(self, eos_token_ids: frozenset[int]) -> bool:
@@ -184,9 +213,12 @@ class Flight:
             self._timer.cancel()
             self._timer = None
 
-    def _settle(self, outcome: Outcome) -> None:
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(outcome)
+    def _settle(self, outcome: Outcome | Moved) -> bool:
+        """Decide what becomes of the sequence where it is. Returns False when that is decided, or nobody waits."""
+        if self._outcome is None or self._outcome.done():
+            return False
+        self._outcome.set_result(outcome)
+        return True
 
     def _notify(self) -> None:
         if not self._window_s:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from services.router.local_view import LocalView
 from starmesh.ledger import Ledger, LedgerError
-from starmesh.types import ClusterView, InstanceState, Role
+from starmesh.types import ClusterView, InstanceInfo, InstanceState, Role
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,13 @@ class LedgerWatch:
     def view(self) -> ClusterView:
         """What the ledger last said."""
         return self.local.ledger_view
+
+    def find(self, instance_id: str) -> InstanceInfo | None:
+        """What the ledger last said of an instance."""
+        for view in self.view.instances:
+            if view.info.instance_id == instance_id:
+                return view.info
+        return None
 
     async def run(self, on_view: Callable[[set[str]], Awaitable[None]]) -> None:
         """Look again and again, until cancelled. ``on_view`` gets the instances that have been missing from the ledger

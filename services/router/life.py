@@ -1,7 +1,7 @@
 """The life of one request: dispatch, prefill, hand to decode, and again elsewhere after whatever goes wrong.
 
 Owns what happens next, and that nothing stays behind: no sequence on an instance, no reservation, no ownership entry.
-Owns no stream state (``flight``) and no choice of instance (``dispatcher``).
+Owns no stream state (``flight``), no choice of instance (``dispatcher``) and no listening to instances (``follower``).
 
 Every turn begins from the accepted tokens, so it does not matter where the last one failed: the next prefill runs
 prompt and output so far, and counter-based sampling draws the same token that the lost instance would have drawn.
@@ -12,20 +12,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from dataclasses import dataclass
 
 import grpc
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from services.router.config import RouterSettings
-from services.router.decode_link import DecodeLinks
-from services.router.dispatcher import Demand, Dispatcher, NotPlaced
-from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Outcome, Refused
-from services.router.ledger_watch import LedgerWatch
-from services.router.model import ServedModel
-from services.router.owners import Owners
-from services.router.prefill_calls import PrefillCalls
+from services.router.dispatcher import Demand, NotPlaced
+from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Refused
+from services.router.follower import Follower
+from services.router.parts import Parts
 from services.router.retries import NO_CAPACITY, Retries
 from services.router.validation import check_length
 from starmesh.policy.admission import Need
@@ -42,25 +37,13 @@ log = logging.getLogger(__name__)
 _INSTANCE_SLACK_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What all lives of a router share."""
-
-    settings: RouterSettings
-    model: ServedModel
-    watch: LedgerWatch
-    dispatcher: Dispatcher
-    owners: Owners
-    links: DecodeLinks
-    prefills: PrefillCalls
-
-
 class Life:
     """One request's life; ``run`` it once, as a task of its own."""
 
     def __init__(self, parts: Parts, flight: Flight, request: inference_pb2.GenerateRequest, *, seed: int) -> None:
         self._parts = parts
         self._flight = flight
+        self._follower = Follower(parts, flight, timeout_s=self._instance_timeout_s)
         self._request = request
         self._seed = seed
         self._loop = asyncio.get_running_loop()
@@ -178,19 +161,23 @@ class Life:
         return placement.decode, response.ticket
 
     async def _decode(self, instance: InstanceInfo, ticket: sequence_pb2.KvTicket) -> None:
-        """Decode at ``instance``, or at another while it refuses and the ticket is good. Returns at the end of the
-        sequence; raises InstanceLost, or StatusError when it was given up."""
+        """Decode at ``instance`` and wherever the sequence moves, or at another while it refuses and the ticket is
+        good. Returns at the end of the sequence; raises InstanceLost, or StatusError when it was given up."""
         flight, parts = self._flight, self._parts
         lease_ends_s = self._loop.time() + convert.duration_s(ticket.lease_duration)
         tokens = len(flight.stream.token_ids)
-        while True:
-            match await self._decode_at(instance, ticket):
+        while not flight.ended:
+            stay = await self._follower.decode(instance, self._start(ticket))
+            match stay.outcome:
                 case Ended():
                     return
                 case Lost(error):
                     raise error
                 case Broken(description):
                     raise StatusError(grpc.StatusCode.DATA_LOSS, description)
+                case Refused(status) if stay.moved:
+                    self._after_move(stay.instance, status)
+                    raise status
                 case Refused(status):
                     self._avoid.add(instance.instance_id)
                     if status.code is grpc.StatusCode.FAILED_PRECONDITION:
@@ -210,31 +197,23 @@ class Life:
                     epoch = await parts.owners.claim(flight.request_id, instance.instance_id)
                     self._spec = dataclasses.replace(self._spec, epoch=epoch)
 
-    async def _decode_at(self, instance: InstanceInfo, ticket: sequence_pb2.KvTicket) -> Outcome:
-        """Start the sequence at one instance and wait for what becomes of it there."""
-        flight = self._flight
-        request_id, epoch = flight.request_id, self._spec.epoch
-        spec = dataclasses.replace(self._spec, output_token_ids=tuple(flight.stream.token_ids))
-        start = decode_pb2.StartSequence(
+    def _after_move(self, instance: InstanceInfo, status: StatusError) -> None:
+        """An instance gave up a sequence that had moved, or was said to have moved, there."""
+        self._recovering = True
+        if status.code is grpc.StatusCode.NOT_FOUND:
+            # It had not moved there after all, which is no fault of the instance.
+            self._flight.migrations -= 1
+        else:
+            self._avoid.add(instance.instance_id)
+
+    def _start(self, ticket: sequence_pb2.KvTicket) -> decode_pb2.StartSequence:
+        spec = dataclasses.replace(self._spec, output_token_ids=tuple(self._flight.stream.token_ids))
+        return decode_pb2.StartSequence(
             sequence=convert.spec_pb(spec),
             ticket=ticket,
             timeout=convert.duration_pb(self._instance_timeout_s()),
             traceparent=current_traceparent(),
         )
-        outcome: Outcome | None = None
-        settled = flight.begin(epoch)
-        if flight.ended:
-            return Ended(by_instance=True)
-        link = self._parts.links.get(instance)
-        link.start(flight, start)
-        try:
-            outcome = await settled
-            return outcome
-        finally:
-            link.leave(flight, request_id)
-            # Cut short from this side, the instance still works on it.
-            if outcome is None or outcome == Ended(by_instance=False) or isinstance(outcome, Broken):
-                link.cancel(request_id, flight.stream.epoch)
 
     def _instance_timeout_s(self) -> float:
         return max(0.0, self._flight.deadline_s - self._loop.time()) + _INSTANCE_SLACK_S
@@ -275,6 +254,7 @@ class Life:
         span.set_attribute(names.OUTPUT_TOKENS, len(flight.stream.token_ids))
         span.set_attribute(names.CACHED_TOKENS, flight.cached_tokens)
         span.set_attribute(names.RECOVERIES, flight.recoveries)
+        span.set_attribute(names.MIGRATIONS, flight.migrations)
         if flight.stream.finish_reason is not None:
             span.set_attribute(names.FINISH_REASONS, [flight.stream.finish_reason.value])
         if flight.error is not None:

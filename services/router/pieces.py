@@ -25,6 +25,7 @@ def piece_pb(flight: Flight, piece: Piece) -> inference_pb2.GenerateResponse:
                 output_tokens=piece.offset + len(piece.token_ids),
                 cached_tokens=flight.cached_tokens,
                 recoveries=flight.recoveries,
+                migrations=flight.migrations,
             )
         )
     return message

@@ -14,8 +14,9 @@ import grpc
 from opentelemetry.context import Context
 
 from services.router.flight import Flight
-from services.router.life import Life, Parts
+from services.router.life import Life
 from services.router.owners import duplicate_id
+from services.router.parts import Parts
 from services.router.retries import RETRY_DELAY_S
 from services.router.validation import check_request
 from starmesh.rpc import convert

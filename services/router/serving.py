@@ -19,9 +19,9 @@ from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Dispatcher
 from services.router.ledger_watch import LedgerWatch
-from services.router.life import Parts
 from services.router.model import ServedModel
 from services.router.owners import Owners
+from services.router.parts import Parts
 from services.router.prefill_calls import PrefillCalls
 from services.router.router import Router
 from services.router.servicer import InferenceServicer
@@ -44,7 +44,7 @@ class RouterProcess:
     def __init__(self, settings: RouterSettings, ledger: Ledger, model: ServedModel) -> None:
         self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
         self.dispatcher = Dispatcher(ledger, self.watch, settings)
-        self.links = DecodeLinks()
+        self.links = DecodeLinks(self.watch.find)
         self.address = ""
         self._settings = settings
         self._ledger = ledger
@@ -71,7 +71,7 @@ class RouterProcess:
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
         self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference, service)
         service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
-        cluster = ClusterServicer(self.router, self.watch, dispatch_policy=settings.dispatch_policy)
+        cluster = ClusterServicer(self.router, self.watch, self._owners, dispatch_policy=settings.dispatch_policy)
         self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
         self._membership: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -11,6 +11,7 @@ SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again e
 
 # Events on spans.
 EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
+EVENT_MOVED = "moved"  # router: the request goes on at another decode instance
 
 # Attributes.
 REQUEST_ID = "starmesh.request_id"
@@ -18,11 +19,14 @@ EPOCH = "starmesh.epoch"
 INSTANCE_ID = "starmesh.instance_id"
 PREFILL_INSTANCE = "starmesh.prefill_instance"
 DECODE_INSTANCE = "starmesh.decode_instance"
+SOURCE_INSTANCE = "starmesh.source_instance"
+TARGET_INSTANCE = "starmesh.target_instance"
 POLICY = "starmesh.dispatch_policy"
 TRANSFER_BACKEND = "starmesh.transfer_backend"
 TRANSFER_BYTES = "starmesh.transfer_bytes"
 CACHED_TOKENS = "starmesh.cached_tokens"
 RECOVERIES = "starmesh.recoveries"
+MIGRATIONS = "starmesh.migrations"
 MODEL = "gen_ai.request.model"
 OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
