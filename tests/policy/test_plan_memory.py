@@ -117,3 +117,8 @@ def test_a_drain_does_not_wait_for_cool_downs() -> None:
     back = plan(ClusterView(NOW_S, draining), decided.memory, CONFIG)
     assert sorted(move.request_id for move in back.migrations) == ["a", "b"]
     assert {move.reason for move in back.migrations} == {MigrationReason.DRAIN}
+
+
+def test_a_withdrawn_migration_leaves_nothing_behind() -> None:
+    assert FLYING.withdrawn("a") == PlanMemory()
+    assert FLYING.withdrawn("b") == FLYING

@@ -21,6 +21,7 @@ from starmesh.policy.rescheduling.outcome import (
 )
 from starmesh.policy.rescheduling.policies import POLICIES, ReschedulingPolicy
 from starmesh.policy.rescheduling.round import Round
+from starmesh.policy.rescheduling.unplanned import make_way, unplanned_migrations
 from starmesh.types import ClusterView
 
 __all__ = [
@@ -51,9 +52,11 @@ def plan(view: ClusterView, memory: PlanMemory, config: ReschedulingConfig) -> P
     memory = memory.reconciled(reported_owners(groups, memory), now_s=view.now_s, config=config)
     if not policy.steps:
         return Plan(policy=policy.name, memory=memory, skipped_instances=skipped_instances)
+    unplanned = unplanned_migrations(groups, memory)
     rounds: list[Round] = []
     for instances in groups:
         round_ = Round(measure(instances, config, policy.foresight), memory, now_s=view.now_s)
+        make_way(round_, unplanned)
         for step in policy.steps:
             step(round_)
         memory = memory.started(tuple(round_.migrations))

@@ -1,8 +1,8 @@
 """What rescheduling remembers from round to round, as a value: moves under way, cool-downs, and what moves really cost.
 
 Owns how that memory changes when a migration starts, succeeds, fails or is found done in a report. Owns no decision.
-The live loop and the simulator tell outcomes with ``succeeded`` and ``failed``; ``reconciled`` notices those that
-nobody told.
+The live loop and the simulator tell outcomes with ``succeeded``, ``failed`` and ``withdrawn``; ``reconciled`` notices
+those that nobody told.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ class PlanMemory:
         failures = 1 + next((cool.failures for cool in self.cool_downs if cool.request_id == request_id), 0)
         rest_s = config.failure_cool_down_s * 2 ** min(failures - 1, _MOST_DOUBLINGS)
         return self._ended(entry, now_s + rest_s, failures)
+
+    def withdrawn(self, request_id: str) -> PlanMemory:
+        """A migration came to nothing by nobody's fault: it was not begun, or its sequence has ended. Changes nothing
+        if it is not in flight."""
+        entry = self._find(request_id)
+        return replace(self, in_flight=tuple(known for known in self.in_flight if known != entry))
 
     def started(self, entries: tuple[InFlight, ...]) -> PlanMemory:
         """Migrations were planned."""
