@@ -110,8 +110,7 @@ def _what_to_do(move: Move, status: StatusError, *, begun: bool) -> StatusError:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return StatusError(status.code, f"the move of {request_id} has not ended yet and goes on; ask again")
         case grpc.StatusCode.UNAVAILABLE if not begun:
-            message = f"{source_id} does not answer, so {request_id} stays; try again"
-            return retry_later(status.code, message, _RETRY_DELAY_S)
+            return retry_later(status.code, f"{source_id} does not answer; try again", _RETRY_DELAY_S)
         case _:
             message = f"{source_id} does not tell what became of the move ({status.code.name}); {_SEE}"
             return retry_later(grpc.StatusCode.UNAVAILABLE, message, _RETRY_DELAY_S)

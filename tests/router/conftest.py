@@ -22,7 +22,8 @@ from starmesh.tokenizer import ModelTokenizer
 from starmesh.tokenizer.chat_template import ChatTemplate
 from starmesh.types import ClusterView
 from starmesh.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sequence_pb2
-from tests.router.peers import CONTEXT, EOS, VOCABULARY, DecodePeer, PrefillPeer, expected_tokens
+from tests.router.decode_peer import DecodePeer
+from tests.router.peers import CONTEXT, EOS, VOCABULARY, PrefillPeer, expected_tokens
 
 TIMEOUT_S = 20.0
 

@@ -1,4 +1,5 @@
-"""Prefill and decode instances that follow a script: real servers on real sockets, with a formula for a model.
+"""Instances that follow a script: real servers on real sockets, with a formula for a model. Decode instances are in
+``decode_peer``.
 
 The next token is a function of all tokens before it, as with a real model and greedy sampling, so a sequence that is
 continued elsewhere from the right tokens goes on with the right tokens, and from wrong ones with wrong ones.
@@ -11,7 +12,7 @@ import contextlib
 import dataclasses
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 from starmesh.ledger import Ledger
@@ -33,11 +34,8 @@ from starmesh.types import (
 from starmesh.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
-    decode_pb2,
-    decode_pb2_grpc,
     prefill_pb2,
     prefill_pb2_grpc,
-    sequence_pb2,
     transfer_pb2,
     transfer_pb2_grpc,
 )
@@ -65,7 +63,8 @@ def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def _finish(spec: SequenceSpec, tokens: Sequence[int]) -> FinishReason | None:
+def finish_of(spec: SequenceSpec, tokens: Sequence[int]) -> FinishReason | None:
+    """Why a sequence ends with these output tokens."""
     return FinishReason.LENGTH if len(tokens) >= spec.sampling.max_output_tokens else None
 
 
@@ -201,7 +200,7 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
             raise
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
         token_id = next_token(tokens)
-        finish = _finish(spec, [*spec.output_token_ids, token_id])
+        finish = finish_of(spec, [*spec.output_token_ids, token_id])
         ticket = KvTicket(
             lease_id=f"{spec.request_id}/{spec.epoch}",
             instance_id=self.instance_id,
@@ -217,94 +216,3 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
             ticket=convert.ticket_pb(ticket) if finish is None else None,
             cached_tokens=3,
         )
-
-
-class DecodePeer(Peer, decode_pb2_grpc.DecodeServiceServicer):
-    """A decode instance."""
-
-    def __init__(self, ledger: Ledger, instance_id: str = "decode-0", **options: Any) -> None:
-        super().__init__(ledger, Role.DECODE, instance_id, **options)
-        self.pause_after: int | None = None
-        """Sequences wait for ``resume`` at this many output tokens."""
-        self._resumed = asyncio.Event()
-        self.tamper: Callable[[sequence_pb2.SequenceOutput], list[sequence_pb2.SequenceOutput]] = lambda output: [
-            output
-        ]
-        """What is sent in place of each output."""
-        self.cancelled: list[tuple[str, int]] = []
-        self.traceparents: list[str] = []
-        self.streams = 0
-
-    def resume(self) -> None:
-        """Let all go on."""
-        self.pause_after = None
-        self._resumed.set()
-
-    def _register_service(self) -> None:
-        service = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
-        self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self, service)
-
-    async def Decode(  # noqa: N802
-        self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Any
-    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        outputs: asyncio.Queue[sequence_pb2.SequenceOutput | None] = asyncio.Queue()
-        running: dict[str, asyncio.Task[None]] = {}
-        self.streams += 1
-
-        async def read() -> None:
-            async for request in request_iterator:
-                if request.HasField("start"):
-                    spec = convert.spec(request.start.sequence)
-                    self.traceparents.append(request.start.traceparent)
-                    running[spec.request_id] = asyncio.create_task(self._generate(spec, outputs))
-                else:
-                    cancel = request.cancel
-                    self.cancelled.append((cancel.request_id, cancel.epoch))
-                    if cancel.request_id in running:
-                        running.pop(cancel.request_id).cancel()
-                        self.sequences.pop(cancel.request_id, None)
-            outputs.put_nowait(None)
-
-        reader = asyncio.create_task(read())
-        try:
-            while (output := await outputs.get()) is not None:
-                gathered = [output]
-                while not outputs.empty() and (more := outputs.get_nowait()) is not None:
-                    gathered.append(more)
-                yield decode_pb2.DecodeResponse(outputs=[sent for made in gathered for sent in self.tamper(made)])
-        finally:
-            for task in (reader, *running.values()):
-                task.cancel()
-
-    async def _generate(self, spec: SequenceSpec, outputs: asyncio.Queue[Any]) -> None:
-        self.specs.append(spec)
-        request_id, epoch = spec.request_id, spec.epoch
-        output = list(spec.output_token_ids)
-        if self.script:
-            failure = self.script.popleft().to_sequence_status()
-            outputs.put_nowait(
-                sequence_pb2.SequenceOutput(request_id=request_id, epoch=epoch, offset=len(output), failure=failure)
-            )
-            return
-        prompt_tokens = len(spec.prompt_token_ids)
-        self.sequences[request_id] = SequenceLoad(
-            request_id, epoch, prompt_tokens, len(output), prompt_tokens, spec.sampling.max_output_tokens
-        )
-        finish: FinishReason | None = None
-        while finish is None:
-            if self.pause_after is not None and len(output) >= self.pause_after:
-                await self._resumed.wait()
-            await asyncio.sleep(0)
-            token_id = next_token([*spec.prompt_token_ids, *output])
-            finish = _finish(spec, [*output, token_id])
-            outputs.put_nowait(
-                sequence_pb2.SequenceOutput(
-                    request_id=request_id,
-                    epoch=epoch,
-                    offset=len(output),
-                    token_ids=[token_id],
-                    finish_reason=convert.finish_reason_pb(finish),
-                )
-            )
-            output.append(token_id)
-        self.sequences.pop(request_id, None)
