@@ -101,12 +101,12 @@ def _what_to_do(move: Move, status: StatusError, *, begun: bool) -> StatusError:
         case grpc.StatusCode.NOT_FOUND:
             message = f"request {request_id} does not run at {source_id}: it waits, has ended or has moved; {_SEE}"
             return bad_field("request_id", message, code=status.code)
-        case grpc.StatusCode.FAILED_PRECONDITION:
-            return StatusError(status.code, f"{source_id} does not move {request_id} now: {status.message}")
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            delay_s = status.retry_delay_s or _RETRY_DELAY_S
+        case grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.UNAVAILABLE if status.retry_delay_s is not None:
+            # With a delay it is the instance's own word, not that of a connection that broke.
             message = f"{source_id} does not move {request_id} now: {status.message}; try again"
-            return retry_later(status.code, message, delay_s)
+            return retry_later(status.code, message, status.retry_delay_s)
+        case grpc.StatusCode.FAILED_PRECONDITION | grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return StatusError(status.code, f"{source_id} does not move {request_id} now: {status.message}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return StatusError(status.code, f"the move of {request_id} has not ended yet and goes on; ask again")
         case grpc.StatusCode.UNAVAILABLE if not begun:

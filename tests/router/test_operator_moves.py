@@ -173,6 +173,16 @@ async def test_a_move_goes_on_without_its_asker(mesh: Mesh) -> None:
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "2 migrations leave here; try again",
         ),
+        (
+            retry_later(grpc.StatusCode.UNAVAILABLE, "the ledger does not answer", 0.5),
+            grpc.StatusCode.UNAVAILABLE,
+            "the ledger does not answer; try again",
+        ),
+        (
+            StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "8 calls follow this migration; wait for its end"),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "wait for its end",
+        ),
         (StatusError(grpc.StatusCode.INTERNAL, "oops"), grpc.StatusCode.UNAVAILABLE, "does not tell"),
         (StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "late"), grpc.StatusCode.DEADLINE_EXCEEDED, "goes on"),
     ],
