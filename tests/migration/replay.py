@@ -1,4 +1,5 @@
-"""Runs of the world from seeds: ``python -m tests.migration.replay SEED`` tells one of them action by action.
+"""Runs of the world from seeds: ``python -m tests.migration.replay SEED`` tells one of them action by action, and with
+``--at source:COMMITTING --lose target`` one of ``crashes``' instead.
 
 A seed draws both the actions and how likely each kind of fault is in this run: one with crashes only finds other
 mistakes than one with a bit of everything.
@@ -6,10 +7,11 @@ mistakes than one with a bit of everything.
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 
 from tests.migration.checks import check, heal
+from tests.migration.crashes import STATES, Loss, run_crash
 from tests.migration.world import Action, World
 
 STEPS = 400
@@ -55,5 +57,20 @@ def act(world: World, actions: list[Action], choice: int, *, verbose: bool = Fal
     check(world)
 
 
+def main() -> None:
+    """Tell one run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.migration.replay")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--at", choices=STATES, metavar="END:STATE")
+    parser.add_argument("--lose", choices=[loss.value for loss in Loss])
+    chosen = parser.parse_args()
+    if (chosen.at is None) != (chosen.lose is None):
+        parser.error("--at and --lose go together")
+    if chosen.at is None:
+        run(chosen.seed, verbose=True)
+    else:
+        run_crash(chosen.seed, at=STATES[chosen.at], loss=Loss(chosen.lose), verbose=True)
+
+
 if __name__ == "__main__":
-    run(int(sys.argv[1]), verbose=True)
+    main()

@@ -25,7 +25,7 @@ LIMITS: Final = Limits(tail_blocks=1, max_rounds=3, headroom_blocks=2)
 class Source:
     end: sr.SourceEnd
     preemptions: int
-    timer: bool = False
+    timer_at_s: float | None = None
     call: int = 0
 
 
@@ -48,13 +48,13 @@ class SourceShell(Worker):
             target_id=to,
             reason=MigrationReason.LOAD,
         )
-        end, effects = source.begin(terms, LIMITS, blocks=len(sequence.block_ids), now_s=0.0)
+        end, effects = source.begin(terms, LIMITS, blocks=len(sequence.block_ids), now_s=self.world.now_s)
         self.sources[request_id] = Source(end, sequence.preemptions)
         self.carry_out_source(request_id, effects)
 
     def on_source(self, request_id: str, event: sr.SourceEvent) -> None:
         moving = self.sources[request_id]
-        moving.end, effects = source.advance(moving.end, event, 0.0)
+        moving.end, effects = source.advance(moving.end, event, self.world.now_s)
         self.world.note(f"{request_id} source {self.id}: {type(event).__name__} -> {moving.end.state.name}")
         if moving.end.over:
             del self.sources[request_id]
@@ -65,7 +65,7 @@ class SourceShell(Worker):
     ) -> None:
         moving = moving or self.sources[request_id]
         terms, world = moving.end.terms, self.world
-        for effect in effects:
+        for effect in world.one_by_one(self, moving.end, effects):
             match effect:
                 case se.Reserve(blocks):
                     moving.call = world.call(self, terms, ("reserve", blocks))
@@ -81,8 +81,8 @@ class SourceShell(Worker):
                     self.revoke(terms.reservation_id)
                 case se.TakeBack(expected, new):
                     world.ledger_calls.append(LedgerCall(self.source_ledger(moving), request_id, new, expected))
-                case se.AskOwner():
-                    world.ledger_calls.append(LedgerCall(self.source_ledger(moving), request_id))
+                case se.AskOwner(at_s):
+                    world.ledger_calls.append(LedgerCall(self.source_ledger(moving), request_id, at_s=at_s))
                 case se.Resume(epoch):
                     self.engine_calls.append(lambda: self.resume(request_id, terms.epoch, epoch))
                     if request_id in self.running:
@@ -96,8 +96,8 @@ class SourceShell(Worker):
                     self.put(running, Output(request_id, terms.epoch, output_tokens, moved_to=owner))
                 case se.Abort(cause):
                     world.send(self, terms.target_id, ("abort", terms.reservation_id, tr.AbortAsked(cause)))
-                case se.StartTimer():
-                    moving.timer = True
+                case se.StartTimer(at_s):
+                    moving.timer_at_s = at_s
                 case _:
                     raise AssertionError(effect)
 

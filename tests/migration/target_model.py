@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Target:
     end: tr.TargetEnd
-    timer: bool = False
+    timer_at_s: float | None = None
     reserve_call: int = 0
     call: int = 0
 
@@ -60,7 +60,7 @@ class TargetShell(Worker):
             if any(other.end.terms.request_id == terms.request_id for other in self.targets.values()):
                 self.world.answer(call, te.AnswerRefused(Refusal.ALREADY_HERE))
                 return
-            end, effects = target.begin(terms, LIMITS, blocks=body, now_s=0.0)
+            end, effects = target.begin(terms, LIMITS, blocks=body, now_s=self.world.now_s)
             self.targets[reservation_id] = Target(end, reserve_call=call)
             self.carry_out_target(reservation_id, effects)
         elif taking is None:
@@ -74,20 +74,20 @@ class TargetShell(Worker):
 
     def on_target(self, reservation_id: str, event: tr.TargetEvent) -> None:
         taking = self.targets[reservation_id]
-        taking.end, effects = target.advance(taking.end, event, 0.0)
+        taking.end, effects = target.advance(taking.end, event, self.world.now_s)
         self.world.note(
             f"{taking.end.terms.request_id} target {self.id}: {type(event).__name__} -> {taking.end.state.name}"
         )
         self.carry_out_target(reservation_id, effects)
         if taking.end.over:
             del self.targets[reservation_id]
-            self.world.parked.pop(reservation_id, None)
+            self.parked.pop(reservation_id, None)
 
     def carry_out_target(self, reservation_id: str, effects: tuple[te.TargetEffect, ...]) -> None:
         taking, world = self.targets[reservation_id], self.world
         terms = taking.end.terms
         request_id, epoch = terms.request_id, terms.moved.epoch
-        for effect in effects:
+        for effect in world.one_by_one(self, taking.end, effects):
             match effect:
                 case te.ReserveBlocks(blocks, epoch_to_come):
                     self.engine_calls.append(lambda: self.reserve(taking, blocks, epoch_to_come))
@@ -105,18 +105,18 @@ class TargetShell(Worker):
                     world.answer(taking.call, None)
                 case te.Claim(expected, new):
                     world.ledger_calls.append(LedgerCall(self.target_ledger(taking), request_id, new, expected))
-                case te.AskOwner():
-                    world.ledger_calls.append(LedgerCall(self.target_ledger(taking), request_id))
+                case te.AskOwner(at_s):
+                    world.ledger_calls.append(LedgerCall(self.target_ledger(taking), request_id, at_s=at_s))
                 case te.Start(spec, resident_tokens):
                     outputs = list(spec.output_token_ids)
                     self.running[request_id] = Running(epoch, None, epoch, token_ids=outputs)
                     self.engine_calls.append(lambda: self.begin(taking, spec, epoch, resident_tokens))
                 case te.ServeRouter():
-                    link, offset = world.parked.pop(reservation_id)
+                    link, offset = self.parked.pop(reservation_id)
                     self.serve(request_id, link, offset)
                 case te.RefuseRouter():
-                    if reservation_id in world.parked:
-                        link, offset = world.parked.pop(reservation_id)
+                    if reservation_id in self.parked:
+                        link, offset = self.parked.pop(reservation_id)
                         link.down.append(Output(request_id, epoch, offset, failed=True))
                 case te.Free():
                     if request_id in self.running and self.running[request_id].epoch == epoch:
@@ -124,8 +124,8 @@ class TargetShell(Worker):
                     self.engine_calls.append(lambda: self.remove(request_id, epoch))
                 case te.Disown(epoch_to_remove):
                     world.disown(request_id, epoch_to_remove)
-                case te.StartTimer():
-                    taking.timer = True
+                case te.StartTimer(at_s):
+                    taking.timer_at_s = at_s
                 case _:
                     raise AssertionError(effect)
 

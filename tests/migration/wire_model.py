@@ -37,12 +37,13 @@ class Link:
 
 @dataclass(eq=False)
 class LedgerCall:
-    """A claim (``new`` set) or a question. ``answer`` takes OwnerIs or LedgerSilent."""
+    """A claim (``new`` set) or a question, asked not before ``at_s``. ``answer`` takes OwnerIs or LedgerSilent."""
 
     answer: Callable[[OwnerIs | LedgerSilent], None]
     request_id: str
     new: Ownership | None = None
     expected: Ownership | None = None
+    at_s: float = 0.0
 
 
 @dataclass(eq=False)

@@ -36,6 +36,7 @@ class Worker(Engine):
         self.world = world
         self.alive = True
         self.running: dict[str, Running] = {}
+        self.parked: dict[str, tuple[Link, int]] = {}  # routers that wait for a claim, by reservation
 
     def put(self, running: Running, output: Output) -> None:
         if running.link is None:
@@ -123,7 +124,7 @@ class Worker(Engine):
         for reservation_id, taking in self.targets.items():
             terms = taking.end.terms
             if terms.request_id == request_id and terms.moved.epoch == epoch:
-                self.world.parked[reservation_id] = (link, offset)
+                self.parked[reservation_id] = (link, offset)
                 self.on_target(reservation_id, tr.Attached())
                 return
         running = self.running.get(request_id)

@@ -8,10 +8,12 @@ Timers may fire at any time, so nothing here can be safe only because a clock wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from starmesh.migration import target_record as tr
+from starmesh.migration.source_record import SourceEnd
+from starmesh.migration.target_record import TargetEnd
 from starmesh.migration.terms import LedgerSilent, OwnerIs, Terms, TimedOut
 from starmesh.types import Ownership
 from tests.migration.engine_model import blocks_for
@@ -20,6 +22,7 @@ from tests.migration.router_model import Request
 from tests.migration.wire_model import Call, LedgerCall, Link
 
 Action = tuple[str, Callable[[], None]]
+Effect = TypeVar("Effect")
 
 
 class World:
@@ -27,6 +30,7 @@ class World:
 
     def __init__(self, instances: int = 3) -> None:
         self.numbers = 0
+        self.now_s = 0.0
         self.log: list[str] = []
         self.lives = {name: Instance(self, name) for name in "ABC"[:instances]}
         self.entries: dict[str, Ownership] = {}
@@ -39,7 +43,6 @@ class World:
         self.calls: dict[int, Call] = {}
         self.links: dict[str, Link] = {}
         self.parting: list[Link] = []
-        self.parked: dict[str, tuple[Link, int]] = {}
         self.requests: dict[str, Request] = {}
         self.picks = 0
         self.marks: set[str] = set()
@@ -55,6 +58,18 @@ class World:
     def pick_instance(self) -> str:
         self.picks += 1
         return sorted(self.lives)[self.picks % len(self.lives)]
+
+    # What the ends of a migration do, for those who want to interfere just there.
+
+    def one_by_one(self, life: Instance, end: SourceEnd | TargetEnd, effects: tuple[Effect, ...]) -> Iterator[Effect]:
+        """The effects of a transition that ``life`` has made to ``end``, each when the one before it is done."""
+        for number, effect in enumerate(effects):
+            self.watch(life, end, number, len(effects))
+            yield effect
+        self.watch(life, end, len(effects), len(effects))
+
+    def watch(self, life: Instance, end: SourceEnd | TargetEnd, done: int, effects: int) -> None:
+        """``life`` has come to ``end`` and carried out ``done`` of ``effects`` effects. May raise to end it there."""
 
     # The network and the ledger.
 
@@ -212,19 +227,19 @@ class World:
         actions: list[Action] = []
         for life in self.lives.values():
             for request_id, moving in life.sources.items():
-                if moving.timer:
+                if moving.timer_at_s is not None:
                     actions.append((f"{life.id} source timer", lambda life=life, r=request_id: self.fire(life, r)))
             for reservation_id, taking in life.targets.items():
-                if taking.timer:
+                if taking.timer_at_s is not None:
                     actions.append((f"{life.id} target timer", lambda life=life, r=reservation_id: self.fire(life, r)))
         return actions
 
     def fire(self, life: Instance, key: str) -> None:
         if key in life.sources:
-            life.sources[key].timer = False
+            life.sources[key].timer_at_s = None
             life.on_source(key, TimedOut())
         else:
-            life.targets[key].timer = False
+            life.targets[key].timer_at_s = None
             life.on_target(key, TimedOut())
 
     def orders(self) -> list[Action]:
