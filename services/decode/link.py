@@ -7,6 +7,7 @@ the sequences that the instance takes and the tokens that each may generate.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from starmesh.v1 import decode_pb2, sequence_pb2
 
@@ -16,21 +17,36 @@ MAX_MESSAGE_OUTPUTS = 8192
 
 
 class RouterLink:
-    """Outputs for one router."""
+    """Outputs and moves for one router, in messages. A message's moves come after its outputs, so one that has a move
+    takes no more outputs."""
 
     def __init__(self) -> None:
-        self._outputs: list[sequence_pb2.SequenceOutput] = []
+        self._messages: deque[decode_pb2.DecodeResponse] = deque()
         self._ready = asyncio.Event()
 
     def put(self, output: sequence_pb2.SequenceOutput) -> None:
         """Send ``output`` with the next message."""
-        self._outputs.append(output)
-        self._ready.set()
+        last = self._messages[-1] if self._messages else None
+        if last is None or last.moves or len(last.outputs) >= MAX_MESSAGE_OUTPUTS:
+            self._append(decode_pb2.DecodeResponse(outputs=[output]))
+        else:
+            last.outputs.append(output)
+
+    def put_move(self, move: decode_pb2.SequenceMove) -> None:
+        """Send ``move`` after all that was put before it and before all that comes."""
+        if self._messages:
+            self._messages[-1].moves.append(move)
+        else:
+            self._append(decode_pb2.DecodeResponse(moves=[move]))
 
     async def take(self) -> decode_pb2.DecodeResponse:
-        """Wait for outputs and return all, or the first of very many, in one message."""
+        """Wait for something to send and return all of it, or the first of very much, in one message."""
         await self._ready.wait()
-        outputs, self._outputs = self._outputs[:MAX_MESSAGE_OUTPUTS], self._outputs[MAX_MESSAGE_OUTPUTS:]
-        if not self._outputs:
+        message = self._messages.popleft()
+        if not self._messages:
             self._ready.clear()
-        return decode_pb2.DecodeResponse(outputs=outputs)
+        return message
+
+    def _append(self, message: decode_pb2.DecodeResponse) -> None:
+        self._messages.append(message)
+        self._ready.set()

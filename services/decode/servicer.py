@@ -1,4 +1,4 @@
-"""DecodeService: one stream for all sequences of a router."""
+"""DecodeService: one stream for all sequences of a router, and the calls that move sequences."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import logging
 from collections.abc import AsyncIterator
 
 import grpc.aio
+from google.protobuf.duration_pb2 import Duration
 
 from services.decode.link import RouterLink
+from services.decode.migration_servicer import MigrationServicer
 from services.decode.worker import DecodeWorker
 from starmesh.rpc import convert
-from starmesh.v1 import decode_pb2, decode_pb2_grpc
+from starmesh.v1 import decode_pb2
 
 log = logging.getLogger(__name__)
 
 
-class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
-    """Serves routers."""
+class DecodeServicer(MigrationServicer):
+    """Serves routers, and other instances."""
 
     def __init__(self, worker: DecodeWorker, *, max_timeout_s: float) -> None:
         """A sequence without a timeout of its own gets ``max_timeout_s``."""
+        super().__init__(worker.migrator, worker.instance, max_timeout_s=max_timeout_s)
         self._worker = worker
-        self._max_timeout_s = max_timeout_s
 
     async def Decode(  # noqa: N802 - gRPC's name
         self,
@@ -58,13 +60,19 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             action = request.WhichOneof("action")
             if action == "start":
                 start = request.start
-                timeout_s = convert.duration_s(start.timeout)
                 self._worker.start(
                     link,
                     convert.spec(start.sequence),
                     convert.ticket(start.ticket),
-                    timeout_s=min(timeout_s or self._max_timeout_s, self._max_timeout_s),
+                    timeout_s=self._bounded_s(start.timeout),
                     traceparent=start.traceparent,
                 )
+            elif action == "attach":
+                attach = request.attach
+                timeout_s = self._bounded_s(attach.timeout)
+                self._worker.attach(link, attach.request_id, attach.epoch, attach.offset, timeout_s=timeout_s)
             elif action == "cancel":
                 self._worker.cancel(link, request.cancel.request_id, request.cancel.epoch)
+
+    def _bounded_s(self, timeout: Duration) -> float:
+        return min(convert.duration_s(timeout) or self._max_timeout_s, self._max_timeout_s)

@@ -1,109 +1,120 @@
-"""Takes sequences over from prefill instances and decodes them for the routers.
+"""The sequences of a decode instance: taken over from prefill instances or from others like it, decoded for routers.
 
-Owns each sequence from its start message to its end: the handoff (reserve blocks, pull, confirm the lease), its
-deadline, its cancel. Tokens go to the link of the router that started it.
+Owns each sequence from its start message, or its arrival, to its end: its deadline, its cancel, who hears of its
+tokens. How it moves is the migrator's; the worker tells it what happens to sequences on their way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import grpc
 from opentelemetry.trace import Span
 
+from services.decode.config import MigratorConfig
+from services.decode.handoff import RETRY_DELAY_S, hand_off
 from services.decode.link import RouterLink
+from services.decode.migrator import Migrator
+from services.decode.running import RunningSequence, WaitingRouter, failure
+from services.decode.target_migration import not_here
 from starmesh.engine.engine import SequenceOutput
-from starmesh.engine.scheduler import CapacityError, DuplicateRequest
 from starmesh.instance.instance import Instance
 from starmesh.instance.intake import check_sequence
 from starmesh.rpc import convert
-from starmesh.rpc.status import StatusError, retry_later
+from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import context_of, tracer
-from starmesh.transfer import LayoutMismatch, TransferError
-from starmesh.types import FinishReason, InstanceState, KvTicket, SequenceSpec
-from starmesh.v1 import sequence_pb2
+from starmesh.types import FinishReason, InstanceState, KvTicket, Ownership, SequenceSpec
+from starmesh.v1 import decode_pb2, sequence_pb2
 
 log = logging.getLogger(__name__)
-
-# Blocks come free when a sequence ends, which on a busy instance is a matter of steps.
-RETRY_DELAY_S = 0.25
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A sequence and whose it is. ``after`` ends when the blocks of the request's former epoch are free."""
-
-    spec: SequenceSpec
-    link: RouterLink
-    after: asyncio.Task[None] | None = None
-    handoff: asyncio.Task[None] | None = None
-    deadline: asyncio.TimerHandle | None = None
-    span: Span | None = None
-    output_tokens: int = field(default=0)
 
 
 class DecodeWorker:
     """Decodes sequences, many at a time, for any number of routers."""
 
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
-        self._running: dict[str, _Running] = {}
+    def __init__(self, instance: Instance, config: MigratorConfig | None = None) -> None:
+        self.instance = instance
+        self._running: dict[str, RunningSequence] = {}
         # Sequences that were stopped and whose blocks are not free yet, the newest of each request.
         self._freeing: dict[str, asyncio.Task[None]] = {}
+        self.migrator = Migrator(instance, self, config or MigratorConfig())
+        instance.count_migrations = self.migrator.counts
+
+    @property
+    def running(self) -> Mapping[str, RunningSequence]:
+        """The sequences that are here, by request, in the order in which they came."""
+        return self._running
+
+    def has_blocks(self, request_id: str) -> bool:
+        """Whether a sequence of the request is here, or its blocks are not free yet."""
+        return request_id in self._running or request_id in self._freeing
+
+    # What routers ask for.
 
     def start(
         self, link: RouterLink, spec: SequenceSpec, ticket: KvTicket, *, timeout_s: float, traceparent: str
     ) -> None:
         """Take a sequence over. Tokens, its end or its failure go to ``link``."""
-        if self._instance.state is not InstanceState.READY:
-            error = retry_later(grpc.StatusCode.UNAVAILABLE, "this instance is draining; use another", RETRY_DELAY_S)
-            link.put(_failure(spec, error))
-            return
+        request_id = spec.request_id
         try:
-            check_sequence(spec)
-        except StatusError as bad:
-            link.put(_failure(spec, bad))
+            self._check_takes(spec)
+        except StatusError as error:
+            link.put(failure(request_id, spec.epoch, len(spec.output_token_ids), error))
             return
-        former = self._running.get(spec.request_id)
+        before = self.migrator.incoming.supersede(request_id)
+        former = self._running.get(request_id)
         if former is not None:
-            if former.spec.epoch >= spec.epoch:
-                error = StatusError(
-                    grpc.StatusCode.ALREADY_EXISTS,
-                    f"request {spec.request_id} runs here under epoch {former.spec.epoch}",
-                )
-                link.put(_failure(spec, error))
-                return
             # Usually its router has gone on and refuses this; another router's client must not wait for nothing.
-            superseded = StatusError(grpc.StatusCode.ABORTED, f"epoch {spec.epoch} of {spec.request_id} is here")
-            former.link.put(_failure(former.spec, superseded))
+            superseded = StatusError(grpc.StatusCode.ABORTED, f"epoch {spec.epoch} of {request_id} is here")
+            self._put(former, former.failure(superseded))
             self._stop(former)
-        after = self._freeing.get(spec.request_id)
-        running = _Running(spec, link, after, output_tokens=len(spec.output_token_ids))
-        self._running[spec.request_id] = running
-        running.deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, running)
-        running.handoff = self._instance.background(self._take_over(running, ticket, traceparent))
+        if request_id in self._freeing:
+            before |= {self._freeing[request_id]}
+        running = RunningSequence.of(spec, link, traceparent=traceparent)
+        running.before = before
+        self._running[request_id] = running
+        self._bound(running, timeout_s)
+        running.handoff = self.instance.background(self._take_over(running, spec, ticket))
+
+    def attach(self, link: RouterLink, request_id: str, epoch: int, offset: int, *, timeout_s: float) -> None:
+        """Send the tokens from ``offset`` on of a sequence that has moved here, or is about to; or that it has not."""
+        waiting = WaitingRouter(link, offset, timeout_s)
+        if offset < 0:
+            link.put(failure(request_id, epoch, 0, bad_field("attach.offset", "must not be negative")))
+            return
+        if self.migrator.incoming.attach(request_id, epoch, waiting):
+            return
+        if request_id in self._running and self._running[request_id].epoch == epoch:
+            self.serve(request_id, epoch, waiting)
+        else:
+            link.put(not_here(request_id, epoch, offset))
 
     def cancel(self, link: RouterLink, request_id: str, epoch: int) -> None:
-        """Stop a sequence of ``link`` and free its blocks; unknown ones and newer epochs are left alone."""
+        """Stop a sequence of ``link`` and free its blocks; unknown ones and newer epochs are left alone. One that is to
+        come under such an epoch is not taken in."""
+        self.migrator.incoming.cancel(request_id, epoch)
         running = self._running.get(request_id)
-        if running is not None and running.link is link and running.spec.epoch <= epoch:
+        if running is not None and running.link is link and running.router_epoch <= epoch:
             self._stop(running)
 
     def disconnect(self, link: RouterLink) -> None:
         """Stop every sequence of a router that has gone."""
+        self.migrator.incoming.disconnect(link)
         for running in [running for running in self._running.values() if running.link is link]:
             self._stop(running)
+
+    # What the engine makes.
 
     def deliver(self, outputs: list[SequenceOutput]) -> None:
         """Pass on what a step made."""
         for output in outputs:
             running = self._running.get(output.request_id)
-            if running is None or running.spec.epoch != output.epoch:
+            if running is None or running.epoch != output.epoch:
                 continue
-            running.output_tokens = output.offset + len(output.token_ids)
+            running.token_ids += output.token_ids
             message = sequence_pb2.SequenceOutput(
                 request_id=output.request_id,
                 epoch=output.epoch,
@@ -114,92 +125,152 @@ class DecodeWorker:
             if output.error is not None:
                 status = StatusError(grpc.StatusCode.ABORTED, output.error)
                 message.failure.CopyFrom(status.to_sequence_status())
-            running.link.put(message)
-            if output.finish_reason is not None or output.error is not None:
+            self._put(running, message)
+            if output.finish_reason is None and output.error is None:
+                continue
+            if running.link is None:
+                running.end = message
+            else:
                 self._end(running, output.finish_reason)
+                self.migrator.outgoing.finished(running.request_id)
 
     async def close(self) -> None:
         """Give up what is in progress: the routers go on with it elsewhere."""
+        self.migrator.close()
         for running in list(self._running.values()):
-            error = StatusError(grpc.StatusCode.ABORTED, "the instance is stopping")
-            running.link.put(_failure(running.spec, error))
+            self._put(running, running.failure(StatusError(grpc.StatusCode.ABORTED, "the instance is stopping")))
             self._stop(running)
 
-    async def _take_over(self, running: _Running, ticket: KvTicket, traceparent: str) -> None:
+    # What migrations do with sequences.
+
+    def tell_moved(self, running: RunningSequence, owner: Ownership, address: str, output_tokens: int) -> None:
+        """Tell its router where it goes on after how many tokens, and forget it."""
+        assert running.link is not None and len(running.token_ids) == output_tokens
+        running.link.put_move(
+            decode_pb2.SequenceMove(
+                request_id=running.request_id,
+                epoch=owner.epoch,
+                instance_id=owner.instance_id,
+                address=address,
+                output_tokens=output_tokens,
+            )
+        )
+        if running.span is not None:
+            running.span.add_event(names.EVENT_MOVED, {names.TARGET_INSTANCE: owner.instance_id})
+        self._end(running)
+
+    def adopt(self, spec: SequenceSpec, *, timeout_s: float, traceparent: str) -> None:
+        """Take a sequence over that the engine is about to run; its outputs wait for a router."""
+        running = self._running[spec.request_id] = RunningSequence.of(spec, None, traceparent=traceparent)
+        self._bound(running, timeout_s)
+        running.span = self._decode_span(running)
+        self.instance.membership.report_soon()
+
+    def serve(self, request_id: str, epoch: int, waiting: WaitingRouter) -> None:
+        """Send its tokens to the router that has come for them."""
+        running = self._running[request_id]
+        running.link, running.router_epoch = waiting.link, epoch
+        if waiting.offset > len(running.token_ids):
+            # Its router has tokens that nobody made: it must not go on from here.
+            waiting.link.put(not_here(request_id, epoch, waiting.offset))
+            self._stop(running)
+            return
+        message = sequence_pb2.SequenceOutput(request_id=request_id, epoch=epoch, offset=waiting.offset)
+        if running.end is not None:
+            message.finish_reason = running.end.finish_reason
+            if running.end.HasField("failure"):
+                message.failure.CopyFrom(running.end.failure)
+        message.token_ids.extend(running.token_ids[waiting.offset :])
+        waiting.link.put(message)
+        if running.end is not None:
+            self._end(running, convert.finish_reason(running.end.finish_reason))
+        else:
+            self._bound(running, waiting.timeout_s)
+
+    def give_up(self, request_id: str, epoch: int) -> None:
+        """Tell its router that it could not go on here, and forget it."""
+        running = self._running.get(request_id)
+        if running is not None and running.epoch == epoch:
+            self._put(running, running.failure(StatusError(grpc.StatusCode.ABORTED, "it could not go on here")))
+            self._end(running)
+
+    def forget(self, request_id: str, epoch: int) -> None:
+        """Forget it without a word."""
+        running = self._running.get(request_id)
+        if running is not None and running.epoch == epoch:
+            self._end(running, FinishReason.CANCELLED)
+
+    # How a sequence begins and ends.
+
+    def _check_takes(self, spec: SequenceSpec) -> None:
+        """Raise StatusError for a sequence that cannot be started."""
+        if self.instance.state is not InstanceState.READY:
+            raise retry_later(grpc.StatusCode.UNAVAILABLE, "this instance is draining; use another", RETRY_DELAY_S)
+        check_sequence(spec)
+        former = self._running.get(spec.request_id)
+        known = max(former.epoch if former else 0, self.migrator.incoming.newest_epoch(spec.request_id))
+        if known >= spec.epoch:
+            raise StatusError(grpc.StatusCode.ALREADY_EXISTS, f"request {spec.request_id} is here under epoch {known}")
+
+    async def _take_over(self, running: RunningSequence, spec: SequenceSpec, ticket: KvTicket) -> None:
         """The handoff. Whatever goes wrong, the blocks are freed and the router hears of it once; who cancels this
         frees them (``_stop``)."""
-        spec = running.spec
-        attributes: dict[str, str | int] = {
-            names.REQUEST_ID: spec.request_id,
-            names.EPOCH: spec.epoch,
-            names.INSTANCE_ID: self._instance.instance_id,
-            names.PREFILL_INSTANCE: ticket.instance_id,
-        }
-        context = context_of(traceparent)
+        context = context_of(running.traceparent)
+        attributes = {**self._attributes(running), names.PREFILL_INSTANCE: ticket.instance_id}
         try:
-            if running.after is not None:
-                await asyncio.wait([running.after])
+            if running.before:
+                await asyncio.wait(running.before)
             with tracer().start_as_current_span(names.SPAN_HANDOFF, context, attributes=attributes) as span:
-                await self._pull(spec, ticket, span)
+                await hand_off(self.instance, spec, ticket, span)
             # Before the start: a sequence may end with its first step, before this has heard that it runs.
-            running.span = tracer().start_span(names.SPAN_DECODE, context, attributes=attributes)
-            await self._instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
+            running.span = self._decode_span(running)
+            await self.instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
         except StatusError as error:
-            await self._free(spec)
-            if self._running.get(spec.request_id) is running:
-                running.link.put(_failure(spec, error))
-                self._end(running)
+            await self._fail(running, error)
         except Exception:
             log.exception("handoff of %s failed", spec.request_id)
-            await self._free(spec)
-            if self._running.get(spec.request_id) is running:
-                unexpected = StatusError(grpc.StatusCode.ABORTED, "the handoff failed; see the instance's log")
-                running.link.put(_failure(spec, unexpected))
-                self._end(running)
-
-    async def _pull(self, spec: SequenceSpec, ticket: KvTicket, span: Span) -> None:
-        instance = self._instance
-        try:
-            block_ids = await instance.engine.call(lambda core: core.reserve(spec.request_id, spec.epoch, spec.tokens))
-        except DuplicateRequest as error:
-            raise StatusError(grpc.StatusCode.ALREADY_EXISTS, str(error)) from None
-        except CapacityError as error:
-            raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
-        if block_ids is None:
-            raise retry_later(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"no free KV blocks for {spec.tokens} tokens; use another instance",
-                RETRY_DELAY_S,
+            await self._fail(
+                running, StatusError(grpc.StatusCode.ABORTED, "the handoff failed; see the instance's log")
             )
-        try:
-            result = await instance.pull(ticket, block_ids[: len(ticket.block_ids)])
-        except LayoutMismatch as error:
-            raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
-        except TransferError as error:
-            raise StatusError(grpc.StatusCode.ABORTED, f"pulling KV from {ticket.instance_id}: {error}") from None
-        span.set_attribute(names.TRANSFER_BACKEND, result.backend.value)
-        span.set_attribute(names.TRANSFER_BYTES, result.bytes)
 
-    def _expire(self, running: _Running) -> None:
-        self._report_cancelled(running)
-        self._stop(running)
+    async def _fail(self, running: RunningSequence, error: StatusError) -> None:
+        await self._free(running)
+        if self._running.get(running.request_id) is running:
+            self._put(running, running.failure(error))
+            self._end(running)
 
-    def _report_cancelled(self, running: _Running) -> None:
-        spec = running.spec
+    def _put(self, running: RunningSequence, message: sequence_pb2.SequenceOutput) -> None:
+        # Without a router it waits in ``token_ids`` and ``end``.
+        if running.link is not None:
+            running.link.put(message)
+
+    def _bound(self, running: RunningSequence, timeout_s: float) -> None:
+        if running.deadline is not None:
+            running.deadline.cancel()
+        running.deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, running)
+
+    def _expire(self, running: RunningSequence) -> None:
+        if running.link is None:
+            # It has just come; a router that still wants it prefills it again.
+            self.migrator.incoming.cancel(running.request_id, running.epoch)
+            return
         running.link.put(
             sequence_pb2.SequenceOutput(
-                request_id=spec.request_id,
-                epoch=spec.epoch,
-                offset=running.output_tokens,
+                request_id=running.request_id,
+                epoch=running.epoch,
+                offset=len(running.token_ids),
                 finish_reason=sequence_pb2.FINISH_REASON_CANCELLED,
             )
         )
+        self._stop(running)
 
-    def _stop(self, running: _Running) -> None:
+    def _stop(self, running: RunningSequence) -> None:
         """End a sequence that has not ended by itself, and free its blocks."""
         self._end(running, FinishReason.CANCELLED)
-        request_id = running.spec.request_id
-        freeing = self._freeing[request_id] = self._instance.background(self._free_after_handoff(running))
+        if self.migrator.outgoing.cancelled(running.request_id):
+            return
+        request_id = running.request_id
+        freeing = self._freeing[request_id] = self.instance.background(self._free_after_handoff(running))
 
         def freed(task: asyncio.Task[None]) -> None:
             if self._freeing.get(request_id) is task:
@@ -207,38 +278,40 @@ class DecodeWorker:
 
         freeing.add_done_callback(freed)
 
-    async def _free_after_handoff(self, running: _Running) -> None:
+    async def _free_after_handoff(self, running: RunningSequence) -> None:
         # A pull that is cancelled may still write for a moment: into blocks that must not be another's by then. That
         # goes for the former epoch's too, which freeing this one would free.
-        for before in (running.after, running.handoff):
+        for before in (*running.before, running.handoff):
             if before is not None:
                 await asyncio.wait([before])
-        await self._free(running.spec)
+        await self._free(running)
 
-    def _end(self, running: _Running, reason: FinishReason | None = None) -> None:
+    def _end(self, running: RunningSequence, reason: FinishReason | None = None) -> None:
         """Forget a sequence."""
-        if self._running.get(running.spec.request_id) is running:
-            del self._running[running.spec.request_id]
+        if self._running.get(running.request_id) is running:
+            del self._running[running.request_id]
         if running.deadline is not None:
             running.deadline.cancel()
-        current = asyncio.current_task()
-        if running.handoff is not None and running.handoff is not current:
+        if running.handoff is not None and running.handoff is not asyncio.current_task():
             running.handoff.cancel()
         if running.span is not None:
-            running.span.set_attribute(names.OUTPUT_TOKENS, running.output_tokens)
+            running.span.set_attribute(names.OUTPUT_TOKENS, len(running.token_ids))
             if reason is not None:
                 running.span.set_attribute(names.FINISH_REASONS, [reason.value])
             running.span.end()
-        self._instance.membership.report_soon()
+        self.instance.membership.report_soon()
 
-    async def _free(self, spec: SequenceSpec) -> None:
-        await self._instance.engine.call(lambda core: core.cancel(spec.request_id, spec.epoch))
+    async def _free(self, running: RunningSequence) -> None:
+        await self.instance.engine.call(lambda core: core.cancel(running.request_id, running.epoch))
 
+    def _decode_span(self, running: RunningSequence) -> Span:
+        return tracer().start_span(
+            names.SPAN_DECODE, context_of(running.traceparent), attributes=self._attributes(running)
+        )
 
-def _failure(spec: SequenceSpec, error: StatusError) -> sequence_pb2.SequenceOutput:
-    return sequence_pb2.SequenceOutput(
-        request_id=spec.request_id,
-        epoch=spec.epoch,
-        offset=len(spec.output_token_ids),
-        failure=error.to_sequence_status(),
-    )
+    def _attributes(self, running: RunningSequence) -> dict[str, str | int]:
+        return {
+            names.REQUEST_ID: running.request_id,
+            names.EPOCH: running.epoch,
+            names.INSTANCE_ID: self.instance.instance_id,
+        }

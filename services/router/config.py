@@ -2,6 +2,7 @@
 
 from pydantic import Field, field_validator
 
+from starmesh.ledger.limits import OWNER_TTL_S
 from starmesh.model_files import DEFAULT_MODEL
 from starmesh.policy.dispatch import POLICIES
 from starmesh.process import ServiceSettings
@@ -24,7 +25,9 @@ class RouterSettings(ServiceSettings):
         256, ge=1, description="output tokens to reserve room for at dispatch; a longer answer grows into what is free"
     )
     reservation_ttl_s: float = Field(30.0, gt=1, description="seconds that a reservation of a dead router lives on")
-    owner_ttl_s: float = Field(30.0, gt=1, description="seconds that the ownership entries of a dead router live on")
+    owner_ttl_s: float = Field(
+        OWNER_TTL_S, gt=1, description="seconds that the ownership entries of a dead router live on"
+    )
 
     @field_validator("dispatch_policy")
     @classmethod

@@ -33,6 +33,15 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 5.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MigrationCounts:
+    """Migrations under way to and from here, and how many sequences have moved here so far."""
+
+    incoming: int = 0
+    outgoing: int = 0
+    migrated: int = 0
+
+
 class Instance:
     """Made by ``open_instance``; add the service's servicer to ``server``, then ``run``."""
 
@@ -41,6 +50,9 @@ class Instance:
         self.layout = loaded.memory.layout
         self.engine = EngineThread(lambda: loaded.core, self._pass_on)
         self.server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+        self.ledger = ledger
+        self.count_migrations: Callable[[], MigrationCounts] = MigrationCounts
+        """Set by a service that migrates; what it counts is in each load, and no drain ends before all are over."""
         self._memory = loaded.memory
         self._deliver: Callable[[list[SequenceOutput]], None] | None = None
         self._settings = settings
@@ -56,7 +68,6 @@ class Instance:
         self._nothing_left = asyncio.Event()
         self._drained = asyncio.Event()
         self._drain_end: asyncio.Task[None] | None = None
-        self._ledger = ledger
         info = InstanceInfo(
             instance_id=self.instance_id,
             incarnation=secrets.token_hex(8),
@@ -67,7 +78,7 @@ class Instance:
             max_sequences=settings.max_sequences,
         )
         self.membership = Membership(
-            self._ledger, info, load=self._report, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
+            self.ledger, info, load=self._report, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
         )
 
     @property
@@ -92,12 +103,20 @@ class Instance:
         # What came before the drain is in a load that was asked for after it.
         draining = self.state is InstanceState.DRAINING
         load = await self.engine.call(lambda core: core.load())
-        # A drain ends with the first report that finds nothing, no handoff in progress either: each end of a sequence
-        # brings a report about.
-        idle = load.free_blocks == load.total_blocks and not load.sequences and self._tasks <= {self._drain_end}
-        if draining and idle:
+        counts = self.count_migrations()
+        # A drain ends with the first report that finds nothing, no handoff or migration in progress either: each end of
+        # a sequence brings a report about.
+        at_work = bool(counts.incoming or counts.outgoing) or not self._tasks <= {self._drain_end}
+        if draining and load.free_blocks == load.total_blocks and not load.sequences and not at_work:
             self._nothing_left.set()
-        load = dataclasses.replace(load, transfer_bytes=self._pulled_bytes, transfer_backend=self._pulled_with)
+        load = dataclasses.replace(
+            load,
+            transfer_bytes=self._pulled_bytes,
+            transfer_backend=self._pulled_with,
+            incoming_migrations=counts.incoming,
+            outgoing_migrations=counts.outgoing,
+            migrated_sequences=counts.migrated,
+        )
         self._last_load, self._last_load_s = load, self._clock.now_s()
         return load
 
@@ -214,7 +233,7 @@ class Instance:
             await self._transfer.close()
             await self._channels.close()
             await self.engine.stop()
-            await self._ledger.close()
+            await self.ledger.close()
             log.info("stopped")
 
     def _pass_on(self, outputs: list[SequenceOutput]) -> None:

@@ -10,6 +10,9 @@ from starmesh.types import MAX_REQUEST_ID_LENGTH, InstanceInfo, InstanceLoad, Ow
 MAX_SEQUENCES = 4096
 MAX_TRANSFER_BACKENDS = 16
 MAX_TTL_S = 86_400.0
+OWNER_TTL_S = 30.0
+"""How long an ownership entry lives that nobody renews: its router's, and the one that a migration makes until the
+router has heard of it. Longer than an instance that does not answer is waited for."""
 # Lua numbers are doubles: larger integers would be rounded inside the store.
 MAX_COUNT = 2**53 - 1
 

@@ -7,11 +7,17 @@ SPAN_DISPATCH = "starmesh.dispatch"  # router: wait for and choice of instances
 SPAN_PREFILL = "starmesh.prefill"  # prefill: queue, forward, first token
 SPAN_HANDOFF = "starmesh.handoff"  # decode: reserve blocks, pull KV, release the lease
 SPAN_DECODE = "starmesh.decode"  # decode: first step to finish, cancel or failure
+SPAN_MIGRATION_SOURCE = "starmesh.migration.source"  # decode: from the command until the sequence has moved or stays
+SPAN_MIGRATION_TARGET = "starmesh.migration.target"  # decode: from the reservation until a router has come, or not
+SPAN_TRANSFER = "starmesh.transfer"  # decode: one pull of a migration, a copy round's or the tail's
 SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again elsewhere
+
+# A round of the rescheduler has a trace of its own; the migrations that it decides link to it.
+SPAN_ROUND = "starmesh.round"  # rescheduler: plan, confirm the lead, command
 
 # Events on spans.
 EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
-EVENT_MOVED = "moved"  # router: the request goes on at another decode instance
+EVENT_MOVED = "moved"  # router, decode: the request goes on at another decode instance
 
 # Attributes.
 REQUEST_ID = "starmesh.request_id"
@@ -24,9 +30,21 @@ TARGET_INSTANCE = "starmesh.target_instance"
 POLICY = "starmesh.dispatch_policy"
 TRANSFER_BACKEND = "starmesh.transfer_backend"
 TRANSFER_BYTES = "starmesh.transfer_bytes"
+TRANSFER_BLOCKS = "starmesh.transfer_blocks"
 CACHED_TOKENS = "starmesh.cached_tokens"
 RECOVERIES = "starmesh.recoveries"
 MIGRATIONS = "starmesh.migrations"
+MIGRATION_REASON = "starmesh.migration_reason"
+MIGRATION_OUTCOME = "starmesh.migration_outcome"
+MIGRATION_CAUSE = "starmesh.migration_cause"
+MIGRATION_ROUNDS = "starmesh.migration_rounds"
+MIGRATION_FROZEN_S = "starmesh.migration_frozen_s"
+RESCHEDULING_POLICY = "starmesh.rescheduling_policy"
+LEADER_TERM = "starmesh.leader_term"
+INSTANCES = "starmesh.instances"
+SKIPPED = "starmesh.skipped"  # and a dot and the reason: how many instances or sequences
+SPREAD_BEFORE_TOKENS = "starmesh.spread_before_tokens"
+SPREAD_AFTER_TOKENS = "starmesh.spread_after_tokens"
 MODEL = "gen_ai.request.model"
 OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"

@@ -74,6 +74,19 @@ def current_traceparent() -> str:
     return carrier.get("traceparent", "")
 
 
+def traceparent_of(span: trace.Span) -> str:
+    """The W3C trace context of ``span``, empty where tracing is off."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get("traceparent", "")
+
+
+def links_to(traceparent: str) -> list[trace.Link]:
+    """A link to the span that a message named, for work that belongs to another trace; none for a malformed one."""
+    linked = trace.get_current_span(context_of(traceparent)).get_span_context() if traceparent else None
+    return [trace.Link(linked)] if linked is not None and linked.is_valid else []
+
+
 def context_of(traceparent: str) -> context.Context:
     """The context that a message carried, to start spans under; a malformed one starts a new trace."""
     return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})

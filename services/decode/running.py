@@ -1,0 +1,127 @@
+"""One sequence while this instance has it: whose it is, what its router has not heard yet, what bounds it.
+
+Owns state and the messages that tell of it; the worker owns every change, but for the epoch, which a migration raises
+when it takes the sequence back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from opentelemetry.trace import Span
+
+from services.decode.link import RouterLink
+from starmesh.rpc.status import StatusError
+from starmesh.types import Ownership, SequenceSpec
+from starmesh.v1 import sequence_pb2
+
+
+@dataclass(slots=True, eq=False)
+class RunningSequence:
+    """``epoch`` is that of its outputs, and ``router_epoch`` the one under which its router started or attached to it:
+    a router that has not heard of the newer one cancels by that. ``token_ids`` are all its output tokens, those of
+    other instances too. ``link`` is None until a router has come for a sequence that has moved here; what ended it
+    meanwhile is ``end``. ``before`` are waited for before blocks are reserved: they end when nothing writes into
+    blocks of the request's former epochs any more, and those are free."""
+
+    request_id: str
+    epoch: int
+    router_epoch: int
+    prompt_tokens: int
+    max_tokens: int
+    token_ids: list[int]
+    link: RouterLink | None
+    traceparent: str
+    before: frozenset[asyncio.Future[None]] = field(default_factory=frozenset)
+    handoff: asyncio.Task[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+    span: Span | None = None
+    end: sequence_pb2.SequenceOutput | None = None
+
+    @classmethod
+    def of(cls, spec: SequenceSpec, link: RouterLink | None, *, traceparent: str) -> RunningSequence:
+        """A sequence that begins here with ``spec``."""
+        return cls(
+            request_id=spec.request_id,
+            epoch=spec.epoch,
+            router_epoch=spec.epoch,
+            prompt_tokens=len(spec.prompt_token_ids),
+            max_tokens=len(spec.prompt_token_ids) + spec.sampling.max_output_tokens,
+            token_ids=list(spec.output_token_ids),
+            link=link,
+            traceparent=traceparent,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens together."""
+        return self.prompt_tokens + len(self.token_ids)
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether its KV is here, so that the engine has it until it ends."""
+        return self.handoff is None or self.handoff.done()
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until its deadline."""
+        assert self.deadline is not None
+        return max(0.0, self.deadline.when() - asyncio.get_running_loop().time())
+
+    def failure(self, error: StatusError) -> sequence_pb2.SequenceOutput:
+        """The message that this instance has given it up."""
+        return failure(self.request_id, self.epoch, len(self.token_ids), error)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRouter:
+    """A router that has asked for a sequence's tokens from ``offset`` on; the sequence is bounded by ``timeout_s``
+    from then on."""
+
+    link: RouterLink
+    offset: int
+    timeout_s: float
+
+
+class Sequences(Protocol):
+    """The sequences of this instance, as migrations see and change them. What names a request and an epoch does nothing
+    when the sequence is not here under that one."""
+
+    @property
+    def running(self) -> Mapping[str, RunningSequence]:
+        """The sequences that are here, by request, in the order in which they came."""
+        ...
+
+    def has_blocks(self, request_id: str) -> bool:
+        """Whether a sequence of the request is here, or its blocks are not free yet."""
+        ...
+
+    def tell_moved(self, running: RunningSequence, owner: Ownership, address: str, output_tokens: int) -> None:
+        """Tell its router where it goes on after how many tokens, and forget it."""
+        ...
+
+    def adopt(self, spec: SequenceSpec, *, timeout_s: float, traceparent: str) -> None:
+        """Take a sequence over that the engine is about to run; its outputs wait for a router."""
+        ...
+
+    def serve(self, request_id: str, epoch: int, waiting: WaitingRouter) -> None:
+        """Send its tokens to the router that has come for them."""
+        ...
+
+    def give_up(self, request_id: str, epoch: int) -> None:
+        """Tell its router that it could not go on here, and forget it."""
+        ...
+
+    def forget(self, request_id: str, epoch: int) -> None:
+        """Forget it without a word."""
+        ...
+
+
+def failure(request_id: str, epoch: int, offset: int, error: StatusError) -> sequence_pb2.SequenceOutput:
+    """The message that this instance gives a sequence up, or does not take it."""
+    return sequence_pb2.SequenceOutput(
+        request_id=request_id, epoch=epoch, offset=offset, failure=error.to_sequence_status()
+    )

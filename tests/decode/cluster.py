@@ -1,0 +1,282 @@
+"""Decode instances that move sequences among them by real calls, and a router that follows.
+
+The router is as small as docs/migration.md lets it be: it starts, attaches where it is told to, refuses what is not the
+next token, and never recovers, so that a failure is seen. Each instance has a switch on its way to the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from services.decode.config import MigratorConfig
+from services.decode.outgoing import MoveAsked
+from services.decode.servicer import DecodeServicer
+from services.decode.source_migration import SourceMigration
+from services.decode.worker import DecodeWorker
+from services.prefill.worker import PrefillWorker
+from services.router.stream import TokenStream, Verdict
+from starmesh.clock import WallClock
+from starmesh.engine.batch import Batch, StepResult
+from starmesh.instance.instance import Instance
+from starmesh.ledger import LedgerUnavailable
+from starmesh.ledger.memory import MemoryLedger
+from starmesh.migration.terms import Limits
+from starmesh.rpc import convert
+from starmesh.rpc.channels import open_channel
+from starmesh.rpc.status import StatusError, from_sequence_status
+from starmesh.types import FinishReason, KvTicket, MigrationReason, Ownership, Role, SequenceSpec
+from starmesh.v1 import decode_pb2, decode_pb2_grpc
+from tests.engine.checking_executor import reference_tokens
+from tests.instance.running import PATIENCE_S, MemoryExecutor, Running, running_instance, until
+
+STEP_S = 0.004
+LIMITS = Limits(tail_blocks=1, max_rounds=3, headroom_blocks=32)
+
+
+class PacedExecutor(MemoryExecutor):
+    """Steps take a little, so that a sequence is still under way when its migration is."""
+
+    step_s = STEP_S
+
+    def execute(self, batch: Batch) -> StepResult:
+        time.sleep(self.step_s)
+        return super().execute(batch)
+
+
+class SwitchedLedger:
+    """One process's way to the ledger. While ``silent`` nothing is answered; what is asked is done or not."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self._ledger = ledger
+        self.silent_claims: str | None = None
+        """None, "lost" (not done) or "done" (done, and the answer lost)."""
+        self.silent_questions = False
+        self.claims = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def claim(self, *args: Any, **kwargs: Any) -> None:
+        self.claims += 1
+        if self.silent_claims == "done":
+            await self._ledger.claim(*args, **kwargs)
+        if self.silent_claims is not None:
+            raise LedgerUnavailable("switched off")
+        await self._ledger.claim(*args, **kwargs)
+
+    async def owner(self, request_id: str) -> Ownership | None:
+        if self.silent_questions:
+            raise LedgerUnavailable("switched off")
+        return await self._ledger.owner(request_id)
+
+
+class Request:
+    """One request as its router sees it."""
+
+    def __init__(self, spec: SequenceSpec, owner: Ownership) -> None:
+        self.spec = spec
+        self.owner = owner
+        self.stream = TokenStream(max_output_tokens=spec.sampling.max_output_tokens)
+        self.stream.begin(owner.epoch)
+        self.stream.accept(owner.epoch, 0, spec.output_token_ids, None)
+        self.reference = reference_tokens(spec.prompt_token_ids, spec.sampling.max_output_tokens)
+        self.moves: list[decode_pb2.SequenceMove] = []
+        self.failure: StatusError | None = None
+        self.follows = True
+        """Whether a move is followed by itself."""
+        self.changed = asyncio.Event()
+
+    async def ended(self) -> FinishReason | None:
+        """Wait for the end, which no failure may have brought about."""
+        await self.until(lambda: self.stream.finish_reason is not None or self.failure is not None)
+        assert self.failure is None, self.failure
+        return self.stream.finish_reason
+
+    async def until(self, condition: Any) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await self.changed.wait()
+                self.changed.clear()
+
+    def check(self) -> None:
+        """Every token so far is the reference's."""
+        tokens = self.stream.token_ids
+        assert tokens == self.reference[: len(tokens)]
+
+
+class Router:
+    """Streams to the instances, and the requests on them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._calls: dict[str, Any] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._channels: list[Any] = []
+        self.requests: dict[str, Request] = {}
+
+    async def start(self, spec: SequenceSpec, instance_id: str) -> Request:
+        """Prefill and start a sequence, and wait until a token has come."""
+        done = await self._cluster.prefill.worker.prefill(spec, "checking")
+        assert done.ticket is not None
+        spec = replace(spec, output_token_ids=(*spec.output_token_ids, done.token_id))
+        ledger = self._cluster.ledger
+        await ledger.claim(spec.request_id, instance_id, expected=None, epoch=spec.epoch, ttl_s=30)
+        request = self.requests[spec.request_id] = Request(spec, Ownership(instance_id, spec.epoch))
+        await self.start_on(instance_id, spec, done.ticket)
+        await request.until(lambda: len(request.stream.token_ids) > len(spec.output_token_ids) or request.failure)
+        return request
+
+    async def start_on(self, instance_id: str, spec: SequenceSpec, ticket: KvTicket) -> None:
+        start = decode_pb2.StartSequence(sequence=convert.spec_pb(spec), ticket=convert.ticket_pb(ticket))
+        await self.send(instance_id, decode_pb2.DecodeRequest(start=start))
+
+    async def attach(self, request: Request, owner: Ownership, *, offset: int | None = None) -> None:
+        request.owner = owner
+        request.stream.begin(owner.epoch)
+        have = len(request.stream.token_ids) if offset is None else offset
+        attach = decode_pb2.AttachSequence(request_id=request.spec.request_id, epoch=owner.epoch, offset=have)
+        await self.send(owner.instance_id, decode_pb2.DecodeRequest(attach=attach))
+
+    async def cancel(self, instance_id: str, request_id: str, epoch: int) -> None:
+        cancel = decode_pb2.CancelSequence(request_id=request_id, epoch=epoch)
+        await self.send(instance_id, decode_pb2.DecodeRequest(cancel=cancel))
+
+    async def send(self, instance_id: str, message: decode_pb2.DecodeRequest) -> None:
+        if instance_id not in self._calls:
+            channel = open_channel(self._cluster.address(instance_id))
+            self._channels.append(channel)
+            self._calls[instance_id] = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
+            self._readers[instance_id] = asyncio.create_task(self._read(instance_id))
+        await self._calls[instance_id].write(message)
+
+    async def part(self, instance_id: str) -> None:
+        """Break the stream to an instance."""
+        self._calls.pop(instance_id).cancel()
+        self._readers.pop(instance_id).cancel()
+
+    async def close(self) -> None:
+        for instance_id in list(self._calls):
+            await self.part(instance_id)
+        for channel in self._channels:
+            await channel.close()
+
+    async def _read(self, instance_id: str) -> None:
+        call = self._calls[instance_id]
+        while response := await call.read():
+            for output in response.outputs:
+                self._take(instance_id, output)
+            for move in response.moves:
+                await self._follow(instance_id, move)
+
+    def _take(self, instance_id: str, output: Any) -> None:
+        request = self.requests[output.request_id]
+        if instance_id != request.owner.instance_id or output.epoch < request.owner.epoch:
+            return
+        request.changed.set()
+        if output.epoch > request.owner.epoch:
+            request.owner = Ownership(instance_id, output.epoch)
+        if output.HasField("failure"):
+            request.failure = from_sequence_status(output.failure)
+            return
+        reason = convert.finish_reason(output.finish_reason)
+        verdict = request.stream.accept(output.epoch, output.offset, output.token_ids, reason)
+        assert verdict is not Verdict.GAP, f"{output} after {len(request.stream.token_ids)} tokens"
+        request.check()
+
+    async def _follow(self, instance_id: str, move: Any) -> None:
+        request = self.requests[move.request_id]
+        assert instance_id == request.owner.instance_id and move.epoch > request.owner.epoch
+        assert len(request.stream.token_ids) == move.output_tokens
+        assert move.address == self._cluster.address(move.instance_id)
+        request.moves.append(move)
+        request.changed.set()
+        if request.follows:
+            await self.attach(request, Ownership(move.instance_id, move.epoch))
+
+
+class Cluster:
+    """A prefill instance, decode instances by id, one ledger, one router."""
+
+    def __init__(self, ledger: MemoryLedger, ledgers: dict[str, SwitchedLedger]) -> None:
+        self.ledger = ledger
+        self.ledgers = ledgers
+        self.prefill: Running
+        self.decode: dict[str, Running] = {}
+        self.router = Router(self)
+
+    def worker(self, instance_id: str) -> DecodeWorker:
+        worker: DecodeWorker = self.decode[instance_id].worker
+        return worker
+
+    def address(self, instance_id: str) -> str:
+        return self.decode[instance_id].instance.membership.info.address
+
+    def migrate(self, request_id: str, source: str, target: str, **asked: Any) -> SourceMigration:
+        """Have ``source`` move a request to ``target``."""
+        move = MoveAsked(
+            request_id=request_id,
+            target_id=target,
+            address=self.address(target),
+            **{"reason": MigrationReason.LOAD, **asked},
+        )
+        return self.worker(source).migrator.migrate(move)
+
+    async def nothing_left(self) -> None:
+        """Wait until no instance has anything of any sequence or migration."""
+        for running in [self.prefill, *self.decode.values()]:
+            await running.nothing_left()
+        for instance_id in self.decode:
+            worker = self.worker(instance_id)
+
+            async def over(worker: DecodeWorker = worker) -> bool:
+                counts = worker.migrator.counts()
+                return not counts.incoming and not counts.outgoing and not worker._freeing
+
+            await until(over)
+            assert not worker.running
+
+
+@asynccontextmanager
+async def running_cluster(
+    ids: str = "AB",
+    *,
+    limits: Limits = LIMITS,
+    blocks: dict[str, int] | None = None,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Cluster]:
+    """Instances named by the letters of ``ids``, with ``blocks`` of 4 tokens each."""
+    ledger = MemoryLedger(WallClock())
+    cluster = Cluster(ledger, {instance_id: SwitchedLedger(ledger) for instance_id in ids})
+    migrator = MigratorConfig(limits=limits, **(config or {}))
+
+    def serving(instance: Instance) -> DecodeWorker:
+        worker = DecodeWorker(instance, migrator)
+        name = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
+        servicer = DecodeServicer(worker, max_timeout_s=60.0)
+        instance.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, name)
+        return worker
+
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        cluster.prefill = await enter(
+            running_instance(Role.PREFILL, ledger, PrefillWorker, executor=MemoryExecutor(256))
+        )
+        for instance_id in ids:
+            cluster.decode[instance_id] = await enter(
+                running_instance(
+                    Role.DECODE,
+                    cluster.ledgers[instance_id],  # type: ignore[arg-type]
+                    serving,
+                    executor=PacedExecutor((blocks or {}).get(instance_id, 256)),
+                    instance_id=instance_id,
+                    **settings,
+                )
+            )
+        stack.push_async_callback(cluster.router.close)
+        yield cluster
