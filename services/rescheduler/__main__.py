@@ -3,14 +3,29 @@
 import asyncio
 
 from services.rescheduler.config import ReschedulerSettings
-from starmesh.instance.bare import serve_bare
+from services.rescheduler.lead import Lead
+from services.rescheduler.loop import Rescheduler
+from services.rescheduler.recorder import Recorder
+from starmesh.instance.bare import open_bare
 from starmesh.process import run_service
 from starmesh.types import Role
 
 
 async def serve(settings: ReschedulerSettings, stop: asyncio.Event) -> None:
-    """Serve health and hold a place in the ledger until ``stop``; the rescheduler does nothing more yet."""
-    await serve_bare(settings, Role.RESCHEDULER, stop)
+    """Serve health, and lead or stand by, until ``stop``."""
+    config = settings.rescheduling()
+    async with open_bare(settings, Role.RESCHEDULER) as instance:
+        info = instance.info
+        recorder = None
+        if settings.record is not None:
+            recorder = Recorder(settings.record, max_bytes=settings.record_max_mib << 20)
+        try:
+            lead = Lead(instance.ledger, info.instance_id, info.incarnation, ttl_s=settings.lead_ttl_s)
+            loop = Rescheduler(instance.ledger, lead, config, interval_s=settings.round_interval_s, recorder=recorder)
+            await loop.run(stop)
+        finally:
+            if recorder is not None:
+                await recorder.close()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
+from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
 from starmesh.ledger.redis import RedisLedger
 from starmesh.process import ServiceSettings, write_port_file
@@ -17,8 +21,18 @@ log = logging.getLogger(__name__)
 _NO_BLOCKS = InstanceLoad(total_blocks=0, free_blocks=0)
 
 
-async def serve_bare(settings: ServiceSettings, role: Role, stop: asyncio.Event) -> None:
-    """Serve until ``stop``. Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
+@dataclass(frozen=True, slots=True)
+class BareInstance:
+    """A process that is registered and serves health."""
+
+    info: InstanceInfo
+    ledger: Ledger
+
+
+@asynccontextmanager
+async def open_bare(settings: ServiceSettings, role: Role) -> AsyncIterator[BareInstance]:
+    """Serve and be registered within the context. Raises OSError when the port is taken and LedgerError when the ledger
+    does not answer."""
 
     async def load() -> InstanceLoad:
         return _NO_BLOCKS
@@ -38,8 +52,14 @@ async def serve_bare(settings: ServiceSettings, role: Role, stop: asyncio.Event)
         await server.set_serving(True)
         write_port_file(settings.port_file, address)
         log.info("serving on %s", address)
-        await stop.wait()
+        yield BareInstance(info, ledger)
     finally:
         await server.stop(0.0)
         await membership.stop()
         await ledger.close()
+
+
+async def serve_bare(settings: ServiceSettings, role: Role, stop: asyncio.Event) -> None:
+    """Do nothing more until ``stop``. Raises as ``open_bare``."""
+    async with open_bare(settings, role):
+        await stop.wait()

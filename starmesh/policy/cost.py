@@ -5,7 +5,9 @@ Owns the formulas and the measured profiles. Owns no fitting and no clock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,6 @@ LAPTOP_CPU = CostModel(
 """A 135M-parameter model in fp32 on one core of a 2.5 GHz Xeon: 84 ms for 1 sequence of 128 tokens, 238 for 32 of them,
 497 for 32 of 1,024; 47.2 MB by NIXL over shared memory in 32 ms. Our measurements;
 the 5 ms to set a transfer up are an estimate."""
+
+PROFILES: Mapping[str, CostModel] = MappingProxyType({"laptop_cpu": LAPTOP_CPU})
+"""The measured cost models by name."""
