@@ -1,0 +1,76 @@
+"""Two rescheduler processes on a real Redis: one acts, and when it dies by kill -9 the other does. No engines: the
+decode instances are peers in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.rescheduler.replay import replay
+from starmesh.ledger.redis import RedisLedger
+from starmesh.telemetry import names
+from starmesh.types import Leadership, Role
+from tests.mesh.otlp import Receiver
+from tests.mesh.processes import Mesh, Service, until
+from tests.policy.decoding import sequence
+from tests.rescheduler.peers import Peer
+
+LEASE_S = 2.0
+SEQUENCES = tuple(sequence(f"s{number}", 400) for number in range(12))
+
+
+async def test_a_standby_takes_over_from_a_leader_that_was_killed(tmp_path: Path) -> None:
+    async with Receiver() as receiver:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        async with Mesh(tmp_path, tmp_path, environment) as mesh:
+            assert mesh.server is not None
+            ledger = RedisLedger.connect(mesh.server.url, timeout_s=10.0)
+            try:
+                async with Peer(ledger, "d0") as d0, Peer(ledger, "d1") as d1:
+                    await d0.report(*SEQUENCES)
+                    await d1.report()
+                    await take_turns(mesh, ledger, receiver, d0)
+            finally:
+                await ledger.close()
+
+
+async def take_turns(mesh: Mesh, ledger: RedisLedger, receiver: Receiver, source: Peer) -> None:
+    first = await start(mesh, "r0")
+    await until(lambda: source.asked, "the first command", describe=first.log.read_text)
+    second = await start(mesh, "r1")
+    led = await ledger.leader(Role.RESCHEDULER)
+    assert led == Leadership("r0", source.newest_term)
+
+    first.kill()
+    await until(lambda: source.newest_term > led.term, "a command of the other", describe=second.log.read_text)
+    assert await ledger.leader(Role.RESCHEDULER) == Leadership("r1", source.newest_term)
+    terms = [request.leader_term for request in source.asked]
+    assert terms == sorted(terms) and set(terms) == {led.term, source.newest_term}
+
+    # The round that decided a move is a trace of its own, and what the source is told to link to.
+    trace_id = bytes.fromhex(source.asked[-1].traceparent.split("-")[1])
+    await until(lambda: trace_id in receiver.traces, "the round's trace")
+    (span,) = receiver.traces[trace_id]
+    assert (span.service, span.name, span.parent_id) == ("starmesh-rescheduler", names.SPAN_ROUND, b"")
+    assert span.attributes[names.LEADER_TERM] == source.newest_term
+    assert span.attributes[names.RESCHEDULING_POLICY] == "star"
+    assert span.attributes[names.INSTANCES] == 2
+    assert int(str(span.attributes[names.MIGRATIONS])) >= 1
+
+    second.terminate()
+    assert await second.process.wait() == 0
+    assert await ledger.leader(Role.RESCHEDULER) is None
+    for name in ("r0", "r1"):
+        found = replay(mesh.directory / f"{name}.rounds")
+        assert found.difference == "" and found.migrations >= 1
+
+
+async def start(mesh: Mesh, name: str) -> Service:
+    # The peers report by hand, so no report is ever too old.
+    flags = {
+        "--policy": "star",
+        "--round-interval-s": "0.2",
+        "--lease-ttl-s": f"{LEASE_S}",
+        "--stale-after-s": "3600",
+        "--record": f"{mesh.directory / name}.rounds",
+    }
+    return await mesh.start("rescheduler", name, *(part for flag in flags.items() for part in flag))
