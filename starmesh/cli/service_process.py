@@ -34,12 +34,14 @@ if os.getppid() == int(sys.argv[1]):
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
     """What to start: ``python -m services.ROLE`` with flags. ``ledger`` goes by the environment, since its url may
-    hold a password and anyone can read the arguments of a process."""
+    hold a password and anyone can read the arguments of a process. ``module`` is run instead of ``services.ROLE`` where
+    it is given."""
 
     instance_id: str
     role: str
     ledger: str
     flags: tuple[str, ...]
+    module: str = ""
 
 
 class ServiceProcess:
@@ -59,6 +61,11 @@ class ServiceProcess:
     def running(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, also after its end; None before its first start."""
+        return self._process.pid if self._process is not None else None
 
     @property
     def returncode(self) -> int | None:
@@ -84,7 +91,7 @@ class ServiceProcess:
     async def start(self) -> None:
         """Start the process; its output is appended to the log."""
         self._port_file.unlink(missing_ok=True)
-        module = [sys.executable, "-m", f"services.{self.spec.role}"]
+        module = [sys.executable, "-m", self.spec.module or f"services.{self.spec.role}"]
         identity = ["--instance-id", self.spec.instance_id, "--port-file", str(self._port_file)]
         command = [*module, *identity, *self.spec.flags]
         if sys.platform == "linux":

@@ -1,0 +1,1 @@
+"""What a live migration costs: see ``__main__``."""

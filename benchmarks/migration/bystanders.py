@@ -1,0 +1,129 @@
+"""What copy rounds do to the steps of the sequences that stay where one leaves or arrives."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.migration.client import Client, Move, Stream
+from benchmarks.migration.processes import LIVE_PAIR, Member, Processes
+from benchmarks.migration.spread import spread
+
+MIN_OVERLAP = 0.05
+"""Share of a step that copying must overlap. The source tells the end of a round between two steps, so by the time
+that a client hears of it the next may have begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class BystanderPlan:
+    """``sequences`` of ``tokens`` stay at an instance while one of ``mover_tokens`` moves ``moves`` times by each
+    backend; ``quiet_steps`` before each copy are what its steps are compared with."""
+
+    sequences: int
+    tokens: int
+    mover_tokens: int
+    moves: int
+    quiet_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a slowdown depends on. ``setting``: "core_each" (source and target run on half of the cores each) or
+    "core_spare" (the target is idle, and its cores are free for the copy); ``end``: "source" or "target"."""
+
+    setting: str
+    end: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """Steps of one instance around one move. ``during`` is the mean of those that overlap copy rounds over the mean of
+    the quiet ones before (``step_s``), ``noise`` the mean of the later quiet ones over that of the earlier ones,
+    ``lost_s`` what the steps during copies took beyond the quiet mean, all together."""
+
+    during: float
+    noise: float
+    lost_s: float
+    step_s: float
+
+
+class Bystanders:
+    """Slowdowns by place."""
+
+    def __init__(self, client: Client, processes: Processes, plan: BystanderPlan, note: Callable[[str], None]) -> None:
+        self._client = client
+        self._processes = processes
+        self._plan = plan
+        self._note = note
+        self._found: dict[Place, list[Slowdown]] = defaultdict(list)
+
+    async def measure(self) -> None:
+        """Bystanders at both ends on cores of their own; then at one of them, with all cores for both."""
+        for member in LIVE_PAIR:
+            self._processes.pin(member)
+        await self._stay(LIVE_PAIR, "core_each")
+        for member in LIVE_PAIR:
+            self._processes.unpin(member)
+        for member in LIVE_PAIR:
+            await self._stay((member,), "core_spare")
+
+    def describe(self) -> dict[str, Any]:
+        """What the benchmark's result has of them, by setting, end and backend. A slowdown of 0.01 is 1 % more time."""
+        return {
+            "bystander_slowdown": self._tree(lambda one: one.during - 1),
+            "bystander_noise": self._tree(lambda one: one.noise - 1),
+            "bystander_lost_ms": self._tree(lambda one: 1e3 * one.lost_s),
+            "bystander_step_ms": self._tree(lambda one: 1e3 * one.step_s),
+        }
+
+    async def _stay(self, homes: tuple[Member, ...], setting: str) -> None:
+        """One sequence moves back and forth between the live instances, others stay at ``homes``. An end that runs on
+        all cores is looked at only as the source: as the target it would share them with the source's steps."""
+        plan, client = self._plan, self._client
+        staying = {home.name: [await client.start(home, plan.tokens) for _ in range(plan.sequences)] for home in homes}
+        mover = await client.start(LIVE_PAIR[0], plan.mover_tokens)
+        for number in range(2 * plan.moves):
+            source, target = LIVE_PAIR[number % 2], LIVE_PAIR[1 - number % 2]
+            move = await client.move(mover, target, settle_tokens=plan.quiet_steps // 2 + 1)
+            for end, member in (("source", source), ("target", target)):
+                if member in homes and (setting == "core_each" or end == "source"):
+                    found = slowdown(staying[member.name][0], move, plan.quiet_steps)
+                    self._found[Place(setting, end, target.backend.value)].append(found)
+        for stream in itertools.chain([mover], *staying.values()):
+            client.cancel(stream)
+        for place, slowdowns in self._found.items():
+            if place.setting == setting:
+                median = statistics.median(one.during for one in slowdowns)
+                self._note(f"{setting}, {place.end}, {place.backend}: steps take {median - 1:+.1%} during copies")
+
+    def _tree(self, value: Callable[[Slowdown], float]) -> dict[str, Any]:
+        tree: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for place, found in self._found.items():
+            ends = tree.setdefault(place.setting, {})
+            ends.setdefault(place.end, {})[place.backend] = spread([value(one) for one in found])
+        return tree
+
+
+def slowdown(bystander: Stream, move: Move, quiet_steps: int) -> Slowdown:
+    """What the copy rounds of ``move`` did to the steps of a bystander's instance: each step brings it a token."""
+    start_s, end_s = move.copying_s
+    steps = list(itertools.pairwise(bystander.arrivals))
+    quiet = [later - earlier for earlier, later in steps if later <= start_s][-quiet_steps:]
+    during = [
+        later - earlier
+        for earlier, later in steps
+        if min(later, end_s) - max(earlier, start_s) > MIN_OVERLAP * (later - earlier)
+    ]
+    half = len(quiet) // 2
+    step_s = statistics.fmean(quiet)
+    return Slowdown(
+        during=statistics.fmean(during) / step_s,
+        noise=statistics.fmean(quiet[half:]) / statistics.fmean(quiet[:half]),
+        lost_s=sum(during) - len(during) * step_s,
+        step_s=step_s,
+    )
