@@ -169,3 +169,4 @@ class IncomingMigrations:
 
     def _on_end(self, migration: TargetMigration) -> None:
         del self._migrations[migration.terms.reservation_id]
+        self._instance.membership.report_soon()

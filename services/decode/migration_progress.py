@@ -7,7 +7,7 @@ slowly still gets all of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import grpc
@@ -78,7 +78,7 @@ class ProgressLog:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def follow(self) -> AsyncIterator[MigrationProgress]:
+    async def follow(self) -> AsyncGenerator[MigrationProgress, None]:
         """All that was told, and all that will be. Raises StatusError RESOURCE_EXHAUSTED for one follower too many."""
         if self._followers >= MAX_FOLLOWERS:
             raise StatusError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc.aio
 
@@ -28,8 +29,9 @@ class MigrationServicer(decode_pb2_grpc.DecodeServiceServicer):
         context: grpc.aio.ServicerContext[decode_pb2.MigrateRequest, decode_pb2.MigrateResponse],
     ) -> AsyncIterator[decode_pb2.MigrateResponse]:
         migration = self._migrator.migrate(intake.move_asked(request))
-        async for progress in migration.progress.follow():
-            yield progress.to_pb()
+        async with aclosing(migration.progress.follow()) as steps:
+            async for progress in steps:
+                yield progress.to_pb()
 
     async def ReserveMigration(  # noqa: N802
         self,

@@ -154,6 +154,7 @@ class OutgoingMigrations:
 
     def _ended(self, migration: SourceMigration) -> None:
         del self._migrations[migration.terms.request_id]
+        self._instance.membership.report_soon()
 
 
 def _stays_for(running: RunningSequence) -> str | None:

@@ -1,25 +1,23 @@
 """One sequence on its way out: carries out what the source's table asks for.
 
-Owns the calls into the engine, the lease, the timer and the span of one migration, and feeds what comes of them and of
-the calls to the target back to the record, one event at a time, on the event loop. Decides nothing: that is
+Owns the record, the lease, the timer and the span of one migration, and feeds it what comes of the calls to the target,
+the engine and the ledger, one event at a time, on the event loop. Decides nothing: that is
 ``starmesh.migration.source``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from services.decode.claims import Claims
+from services.decode.engine_calls import DepartingSequence
 from services.decode.migration_progress import MigrationProgress, ProgressLog
 from services.decode.running import RunningSequence
 from services.decode.target_calls import TargetCalls, Verdict
-from starmesh.engine.engine import EngineCore
-from starmesh.engine.scheduler import UnknownRequest
 from starmesh.instance.instance import Instance
 from starmesh.migration import source
 from starmesh.migration import source_effects as effects
@@ -60,8 +58,8 @@ class SourceMigration:
         self._shell = shell
         self._running = running
         self._instance = shell.instance
+        self._sequence = DepartingSequence(shell.instance, terms.request_id, terms.epoch)
         self._loop = asyncio.get_running_loop()
-        self._preemptions = 0
         self._arrived_blocks = 0
         self._transfer_bytes = 0
         self._frozen_at_s: float | None = None
@@ -140,7 +138,7 @@ class SourceMigration:
                     self._running.epoch = epoch
                     background(self._resume(epoch))
                 case effects.Drop():
-                    background(self._drop())
+                    background(self._sequence.drop())
                 case effects.TellMoved(owner, output_tokens):
                     self._shell.tell_moved(owner, output_tokens)
                 case effects.Abort(cause):
@@ -168,8 +166,7 @@ class SourceMigration:
         elif isinstance(answer, Refusal):
             self.on(events.Refused(answer))
         else:
-            full = await self._full_block_ids()
-            self.on(events.Preempted() if full is None else events.Reserved(answer, full))
+            await self._on_arrival(lambda full: events.Reserved(answer, full))
 
     async def _copy(self, effect: effects.Copy, ticket: KvTicket | None) -> None:
         verdict = await self._verdict(ticket, lambda held: self._shell.target.copy(effect, held))
@@ -177,8 +174,7 @@ class SourceMigration:
             self.on(events.Declined() if verdict is Verdict.DECLINED else events.NoAnswer())
             return
         self._arrived_blocks = effect.first_block + len(effect.block_ids)
-        full = await self._full_block_ids()
-        self.on(events.Preempted() if full is None else events.Copied(full))
+        await self._on_arrival(events.Copied)
 
     async def _commit(self, effect: effects.Commit, ticket: KvTicket | None) -> None:
         remaining_s = self._running.remaining_s
@@ -209,52 +205,32 @@ class SourceMigration:
             log.warning("%r: %s", self, error)
             return None
 
-    # Calls into the engine.
+    # What happens in the engine.
 
     async def _note_preemptions(self) -> None:
-        try:
-            progress = await self._instance.engine.call(lambda core: core.progress(self.terms.request_id))
-        except UnknownRequest:
+        if not await self._sequence.note_preemptions():
             self.on(events.Preempted())
-        else:
-            self._preemptions = progress.preemptions
 
-    async def _full_block_ids(self) -> tuple[int, ...] | None:
-        """None when it is not in the batch, or has lost its blocks since the migration began. (When it has ended, its
-        last output was here first, and nobody listens to this.)"""
-        try:
-            progress = await self._instance.engine.call(lambda core: core.progress(self.terms.request_id))
-        except UnknownRequest:
-            return None
-        return progress.full_block_ids if progress.preemptions == self._preemptions else None
+    async def _on_arrival(self, happened: Callable[[tuple[int, ...]], events.SourceEvent]) -> None:
+        """Go on with the full blocks that there are by now."""
+        full = await self._sequence.full_block_ids()
+        self.on(events.Preempted() if full is None else happened(full))
 
     async def _freeze(self) -> None:
-        try:
-            exported = await self._instance.engine.call(lambda core: core.export(self.terms.request_id))
-        except UnknownRequest:
-            self.on(events.Preempted())
-            return
-        self._frozen_at_s = self._loop.time()
-        if exported.preemptions != self._preemptions:
+        frozen = await self._sequence.freeze()
+        if frozen is None:
             self.on(events.Preempted())
         else:
-            self.on(events.Frozen(exported.spec, exported.block_ids, exported.resident_tokens))
+            self._frozen_at_s = self._loop.time()
+            self.on(frozen)
 
     async def _resume(self, epoch: int) -> None:
-        def resume(core: EngineCore) -> None:
-            # It may never have been frozen, or have gone since.
-            with contextlib.suppress(UnknownRequest):
-                core.resume(self.terms.request_id, epoch=epoch)
-
         try:
-            await self._instance.engine.call(resume)
+            await self._sequence.resume(epoch)
         except Exception:
-            log.exception("%r could not resume", self)
-            await self._drop()
+            log.exception("%r: the sequence could not resume", self)
+            await self._sequence.drop()
             self._shell.give_up(self.terms.request_id, epoch)
-
-    async def _drop(self) -> None:
-        await self._instance.engine.call(lambda core: core.cancel(self.terms.request_id, self.terms.epoch))
 
     async def _ask_ledger(self, asking: Awaitable[OwnerIs | LedgerSilent]) -> None:
         self.on(await asking)

@@ -28,6 +28,10 @@ ABORT_TIMEOUT_S: Final = 2.0
 """Deadline of the one call that nobody waits for: the target's own timers see to it when it is lost."""
 
 
+LEAST_TIMEOUT_S: Final = 0.001
+"""A timeout of 0 would mean none."""
+
+
 class Verdict(Enum):
     """What the target says."""
 
@@ -104,7 +108,7 @@ class TargetCalls:
             sequence=convert.spec_pb(commit.spec),
             first_block=commit.first_block,
             ticket=convert.ticket_pb(ticket),
-            timeout=convert.duration_pb(remaining_s),
+            timeout=convert.duration_pb(max(remaining_s, LEAST_TIMEOUT_S)),
         )
         answer = await self._answer(self._stub.CommitMigration(request, timeout=self._limits.commit_s))
         return _verdict(answer)

@@ -11,16 +11,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import grpc
 from opentelemetry import trace
 
 from services.decode.claims import Claims
+from services.decode.engine_calls import ArrivingSequence
 from services.decode.link import RouterLink
 from services.decode.running import Sequences, WaitingRouter, failure
-from starmesh.engine.engine import EngineCore
-from starmesh.engine.scheduler import CapacityError, DuplicateRequest, SchedulingError
+from services.decode.waiting_calls import WaitingCalls
+from starmesh.engine.scheduler import SchedulingError
 from starmesh.instance.instance import Instance
 from starmesh.migration import target
 from starmesh.migration import target_effects as effects
@@ -35,11 +35,6 @@ from starmesh.types import KvTicket, SequenceSpec
 from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
-
-A = TypeVar("A")
-
-MAX_WAITING_CALLS = 4
-"""Calls of one migration that wait for an answer: a source has one, and one more that it has given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +63,9 @@ class TargetMigration:
         self._loop = asyncio.get_running_loop()
         self._traceparent = traceparent
         self._waiting: WaitingRouter | None = None
-        self._reserve_calls: list[asyncio.Future[int | Refusal]] = []
-        self._calls: list[asyncio.Future[bool]] = []
+        self._sequence = ArrivingSequence(shell.instance, terms.request_id, terms.moved.epoch)
+        self._reserve_calls: WaitingCalls[int | Refusal] = WaitingCalls()
+        self._calls: WaitingCalls[bool] = WaitingCalls()
         self._pulling: asyncio.Task[None] | None = None
         self._pulled = False
         self._deadline_s = 0.0
@@ -107,32 +103,17 @@ class TargetMigration:
     async def reserved(self, *, again: bool) -> int | Refusal:
         """The blocks set aside, or why there are none; ``again`` for a call that repeats the first. Raises StatusError
         ABORTED when the migration ends before."""
-        event = events.ReserveAsked() if again else None
-        return await self._ask(self._reserve_calls, event)
+        return await self._reserve_calls.ask(lambda: self._advance(events.ReserveAsked()) if again else None)
 
     async def copied(self, asked: events.CopyAsked) -> bool:
         """Whether the round's blocks are here; False when the migration was given up. Raises StatusError
         FAILED_PRECONDITION for a call that does not belong here, and ABORTED when its answer cannot be said."""
-        return await self._ask(self._calls, asked)
+        return await self._calls.ask(lambda: self._advance(asked))
 
     async def committed(self, asked: events.CommitAsked, *, remaining_s: float) -> bool:
         """Whether this instance owns the sequence, which is bounded by ``remaining_s`` then; as ``copied``."""
         self._deadline_s = self._loop.time() + remaining_s
-        return await self._ask(self._calls, asked)
-
-    async def _ask(self, calls: list[asyncio.Future[A]], event: events.TargetEvent | None) -> A:
-        if len(calls) >= MAX_WAITING_CALLS:
-            raise _out_of_place("too many calls of this migration wait")
-        answer: asyncio.Future[A] = self._loop.create_future()
-        calls.append(answer)
-        try:
-            if event is not None:
-                self._advance(event)
-            return await answer
-        except ProtocolError as error:
-            raise _out_of_place(str(error)) from None
-        finally:
-            calls.remove(answer)
+        return await self._calls.ask(lambda: self._advance(asked))
 
     # The router.
 
@@ -170,12 +151,12 @@ class TargetMigration:
         terms, shell, background = self.terms, self._shell, self._instance.background
         for effect in asked:
             match effect:
-                case effects.ReserveBlocks(blocks, epoch):
-                    background(self._reserve(blocks, epoch))
+                case effects.ReserveBlocks(blocks):
+                    background(self._reserve(blocks))
                 case effects.AnswerReserved(blocks):
-                    _answer(self._reserve_calls, blocks)
+                    self._reserve_calls.answer(blocks)
                 case effects.AnswerRefused(refusal):
-                    _answer(self._reserve_calls, refusal)
+                    self._reserve_calls.answer(refusal)
                 case effects.Pull(ticket, local_block_ids):
                     self._pulled = False
                     self._pulling = background(self._pull(ticket, local_block_ids))
@@ -185,11 +166,11 @@ class TargetMigration:
                     assert self._pulling is not None
                     self._pulling.cancel()
                 case effects.AnswerCopied() | effects.AnswerCommitted():
-                    _answer(self._calls, True)
+                    self._calls.answer(True)
                 case effects.AnswerDeclined():
-                    _answer(self._calls, False)
+                    self._calls.answer(False)
                 case effects.AnswerUndecided():
-                    self._leave_unanswered()
+                    self._calls.leave()
                 case effects.Claim(expected, new):
                     background(self._ask_ledger(shell.claims.claim(terms.request_id, expected, new)))
                 case effects.AskOwner(at_s):
@@ -208,7 +189,7 @@ class TargetMigration:
                     self._refuse_router()
                 case effects.Free():
                     shell.sequences.forget(terms.request_id, terms.moved.epoch)
-                    background(self._free())
+                    background(self._sequence.free())
                 case effects.Disown(epoch):
                     background(shell.claims.disown(terms.request_id, epoch))
                 case effects.StartTimer(at_s):
@@ -219,22 +200,8 @@ class TargetMigration:
 
     # What takes time.
 
-    async def _reserve(self, blocks: int, epoch: int) -> None:
-        # Headroom beyond what this instance takes is of no use, and must not keep the sequence away.
-        tokens = min(
-            blocks * self._instance.layout.block_tokens,
-            self._instance.membership.info.max_sequence_tokens,
-        )
-
-        def reserve(core: EngineCore) -> tuple[int, ...] | Refusal:
-            try:
-                return core.reserve(self.terms.request_id, epoch, tokens) or Refusal.NO_ROOM
-            except DuplicateRequest:
-                return Refusal.ALREADY_HERE
-            except CapacityError:
-                return Refusal.TOO_LONG
-
-        found = await self._instance.engine.call(reserve)
+    async def _reserve(self, blocks: int) -> None:
+        found = await self._sequence.reserve(blocks)
         self.on(events.NoBlocks(found) if isinstance(found, Refusal) else events.BlocksReserved(found))
 
     async def _pull(self, ticket: KvTicket, local_block_ids: tuple[int, ...]) -> None:
@@ -264,17 +231,14 @@ class TargetMigration:
 
     async def _start(self, spec: SequenceSpec, resident_tokens: int) -> None:
         try:
-            await self._instance.engine.call(lambda core: core.start(spec, resident_tokens))
+            await self._sequence.start(spec, resident_tokens)
         except (SchedulingError, ValueError) as error:
             log.error("%r could not start: %s", self, error)
             if not self.over:
                 self.on(events.StartFailed())
             else:
                 self._shell.sequences.give_up(spec.request_id, spec.epoch)
-                await self._free()
-
-    async def _free(self) -> None:
-        await self._instance.engine.call(lambda core: core.cancel(self.terms.request_id, self.terms.moved.epoch))
+                await self._sequence.free()
 
     # Ends.
 
@@ -283,13 +247,6 @@ class TargetMigration:
             waiting, self._waiting = self._waiting, None
             waiting.link.put(not_here(self.terms.request_id, self.terms.moved.epoch, waiting.offset))
 
-    def _leave_unanswered(self) -> None:
-        undecided = StatusError(grpc.StatusCode.ABORTED, "the target has given this migration up")
-        waiting: list[asyncio.Future[Any]] = [*self._reserve_calls, *self._calls]
-        for call in waiting:
-            if not call.done():
-                call.set_exception(undecided)
-
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -297,7 +254,8 @@ class TargetMigration:
 
     def _finish(self) -> None:
         self._stop_timer()
-        self._leave_unanswered()
+        self._reserve_calls.leave()
+        self._calls.leave()
         self._span.set_attribute(names.MIGRATION_OUTCOME, self._end.state.name.lower())
         self._span.set_attribute(names.MIGRATION_ROUNDS, self._end.rounds)
         self._span.end()
@@ -309,13 +267,3 @@ def not_here(request_id: str, epoch: int, offset: int) -> sequence_pb2.SequenceO
     """What a router hears that asks for a sequence which is not here."""
     error = StatusError(grpc.StatusCode.NOT_FOUND, f"{request_id} is not here under epoch {epoch}; prefill it again")
     return failure(request_id, epoch, offset, error)
-
-
-def _answer(calls: list[asyncio.Future[A]], answer: A) -> None:
-    for call in calls:
-        if not call.done():
-            call.set_result(answer)
-
-
-def _out_of_place(message: str) -> StatusError:
-    return StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"{message}; nothing has changed")
