@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """A span as it came."""
+    """A span as it came. ``links`` are the trace ids of what it is linked to."""
 
     service: str
     name: str
@@ -19,6 +19,7 @@ class ReceivedSpan:
     parent_id: bytes
     attributes: dict[str, object]
     events: tuple[str, ...]
+    links: tuple[bytes, ...]
 
 
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
@@ -50,6 +51,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
                             parent_id=span.parent_span_id,
                             attributes={item.key: _value(item.value) for item in span.attributes},
                             events=tuple(event.name for event in span.events),
+                            links=tuple(link.trace_id for link in span.links),
                         )
                     )
         return trace_service_pb2.ExportTraceServiceResponse()

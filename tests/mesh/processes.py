@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
+import redis.asyncio
 
 from starmesh.ledger.server import EmbeddedServer
 from starmesh.rpc.channels import open_channel
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from tests.mesh.forked import ForkedProcess, start_forked
 
 # Importing torch and transformers takes some ten seconds of CPU time, and several instances start at once.
 START_TIMEOUT_S = 300.0
@@ -27,7 +29,7 @@ class Service:
 
     name: str
     role: str
-    process: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process | ForkedProcess
     log: Path
     address: str = ""
 
@@ -42,11 +44,14 @@ class Service:
 
 @dataclass
 class Mesh:
-    """Starts services against one Valkey and stops them all."""
+    """Starts services against one Valkey and stops them all. ``forked``: from a process that has imported what they
+    need, for tests that start many. ``modules`` names what runs instead of ``services.ROLE``."""
 
     directory: Path
     model: Path
     environment: dict[str, str] = field(default_factory=dict)
+    forked: bool = False
+    modules: dict[str, str] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
     server: EmbeddedServer | None = None
     _channels: list[grpc.aio.Channel] = field(default_factory=list)
@@ -71,15 +76,20 @@ class Mesh:
         port_file = self.directory / f"{name}.port"
         port_file.unlink(missing_ok=True)
         log = self.directory / f"{name}.log"
-        command = [sys.executable, "-m", f"services.{role}", "--instance-id", name]
-        command += ["--port-file", str(port_file)]
+        module = self.modules.get(role, f"services.{role}")
+        arguments = ["--instance-id", name, "--port-file", str(port_file)]
         if role in ("router", "prefill", "decode"):
-            command += ["--model", str(self.model)]
+            arguments += ["--model", str(self.model)]
+        arguments += flags
         environment = os.environ | {"OMP_NUM_THREADS": "1", "STARMESH_LEDGER": self.server.url} | self.environment
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *command, *flags, stdout=output, stderr=output, env=environment
-            )
+        process: asyncio.subprocess.Process | ForkedProcess
+        if self.forked:
+            process = await start_forked(module, arguments, environment, log)
+        else:
+            with log.open("ab") as output:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", module, *arguments, stdout=output, stderr=output, env=environment
+                )
         service = self.services[name] = Service(name, role, process, log)
 
         def is_up() -> bool:
@@ -145,8 +155,18 @@ class Mesh:
         stub = cluster_pb2_grpc.InstanceServiceStub(self.channel(name))
         return await stub.GetInstance(cluster_pb2.GetInstanceRequest(), timeout=10)
 
+    async def owners(self) -> dict[str, str]:
+        """The decode instance that owns each request in flight, as the ledger has it."""
+        assert self.server is not None
+        async with redis.asyncio.from_url(self.server.url, decode_responses=True) as client:
+            keys = [key async for key in client.scan_iter("*:owner:*")]
+            entries = await client.mget(keys) if keys else []
+        found = zip(keys, entries, strict=True)
+        return {key.rsplit(":owner:")[1]: entry.split()[1] for key, entry in found if entry is not None}
+
     async def settled(self) -> None:
-        """Wait until no engine instance holds a block or a lease, and no reservation is left."""
+        """Wait until no engine instance holds a block or a lease, none takes part in a migration, and neither a
+        reservation nor an owner of a request is left in the ledger."""
         names = [
             s.name for s in self.services.values() if s.role in ("prefill", "decode") and s.process.returncode is None
         ]
@@ -155,14 +175,17 @@ class Mesh:
         async def nothing_left() -> bool:
             for name in names:
                 state = await self.instance(name)
-                last[name] = (state.used_blocks, state.leases)
-                if state.used_blocks or state.leases or state.instance.load.sequences:
+                load = state.instance.load
+                migrations = load.incoming_migrations + load.outgoing_migrations
+                last[name] = (state.used_blocks, state.leases, migrations)
+                if state.used_blocks or state.leases or load.sequences or migrations:
                     return False
             for instance in await self.instances():
                 last[instance.instance_id + " reserved"] = instance.reserved_tokens
                 if instance.reserved_tokens:
                     return False
-            return True
+            last["owners"] = await self.owners()
+            return not last["owners"]
 
         await until(nothing_left, "all blocks, leases and reservations to be freed", 60, lambda: str(last))
 

@@ -1,0 +1,104 @@
+"""``python -m tests.mesh.dying_decode``: a decode instance that dies by kill -9 at one exact point of a migration.
+
+The point is a ``Trap``, in a file in the directory that STARMESH_TEST_TRAPS names; it may be set while the instance
+runs. All else is services.decode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from starmesh.migration import source, target
+
+VARIABLE: Final = "STARMESH_TEST_TRAPS"
+
+End = tuple[Any, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """An end of a migration has come to a state, ``at`` "source:COMMITTING" and the like, ``part`` of the transition's
+    effects are carried out, 0 for none and 1 for all, and ``after_s`` later the process is no more."""
+
+    at: str
+    part: float = 0.0
+    after_s: float = 0.0
+
+    def set(self, directory: Path, instance_id: str) -> None:
+        """Set it for one death of the instance."""
+        _path(directory, instance_id).write_text(f"{self.at} {self.part} {self.after_s}")
+
+
+def clear_trap(directory: Path, instance_id: str) -> None:
+    """Let the instance live."""
+    _path(directory, instance_id).unlink(missing_ok=True)
+
+
+def is_set(directory: Path, instance_id: str) -> bool:
+    """Whether the instance has not come to the point yet."""
+    return _path(directory, instance_id).exists()
+
+
+def main() -> None:
+    """Run services.decode, deadly."""
+    instance_id = sys.argv[sys.argv.index("--instance-id") + 1]
+    path = _path(Path(os.environ[VARIABLE]), instance_id)
+    for name, end in (("source", source), ("target", target)):
+        for function in ("begin", "advance"):
+            setattr(end, function, _deadly(getattr(end, function), name, path))
+    runpy.run_module("services.decode", run_name="__main__")
+
+
+def _path(directory: Path, instance_id: str) -> Path:
+    return directory / f"{instance_id}.trap"
+
+
+def _deadly(function: Callable[..., End], name: str, path: Path) -> Callable[..., End]:
+    def come_to(*args: Any, **kwargs: Any) -> End:
+        record, effects = function(*args, **kwargs)
+        try:
+            at, part, after_s = path.read_text().split()
+        except (FileNotFoundError, ValueError):
+            return record, effects
+        if at != f"{name}:{record.state.name}":
+            return record, effects
+        deadly = _Deadly(effects)
+        deadly.path, deadly.trap = path, Trap(at, float(part), float(after_s))
+        return record, deadly
+
+    return come_to
+
+
+class _Deadly(tuple[Any, ...]):
+    """Effects of which only some are carried out."""
+
+    trap: Trap
+    path: Path
+
+    def __iter__(self) -> Iterator[Any]:
+        last = round(self.trap.part * len(self))
+        for number, effect in enumerate(super().__iter__()):
+            if number == last:
+                self._die()
+            yield effect
+        if last == len(self):
+            self._die()
+
+    def _die(self) -> None:
+        self.path.unlink(missing_ok=True)
+        if self.trap.after_s:
+            asyncio.get_running_loop().call_later(self.trap.after_s, os.kill, os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

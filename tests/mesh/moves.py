@@ -1,0 +1,66 @@
+"""Commands to move requests, as an operator gives them, again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, decode_pb2
+from tests.mesh.processes import Mesh
+
+STAGE = decode_pb2.MigrationStage
+RETRY_S = 0.02
+"""Between two commands for a request that could not move: its migration is under way, or as many as may be are."""
+
+
+@dataclass
+class Moves:
+    """Moves requests of ``mesh`` between decode instances. ``ends`` counts how migrations ended, by request."""
+
+    mesh: Mesh
+    draw: random.Random
+    ends: dict[str, Counter[str]] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)
+    """Commands that began no migration, or whose end nobody told, by status code."""
+    _cluster: cluster_pb2_grpc.ClusterServiceAsyncStub | None = None
+
+    @property
+    def cluster(self) -> cluster_pb2_grpc.ClusterServiceAsyncStub:
+        """The router's, over one connection."""
+        if self._cluster is None:
+            self._cluster = self.mesh.cluster()
+        return self._cluster
+
+    def count(self, end: str) -> int:
+        """How many migrations ended so: "MOVED" and the like."""
+        return sum(ends[end] for ends in self.ends.values())
+
+    async def move(self, request_id: str, to: str, *, traceparent: str = "") -> str:
+        """Give one command and wait for the end of the migration. Returns its last stage, or the status code."""
+        asked = cluster_pb2.MigrateSequenceRequest(request_id=request_id, target_instance_id=to)
+        metadata = (("traceparent", traceparent),) if traceparent else ()
+        stage = STAGE.MIGRATION_STAGE_UNSPECIFIED
+        try:
+            async for told in self.cluster.MigrateSequence(asked, timeout=60, metadata=metadata):
+                stage = told.progress.stage
+        except grpc.aio.AioRpcError as error:
+            self.refused[error.code().name] += 1
+            return error.code().name
+        end = STAGE.Name(stage).removeprefix("MIGRATION_STAGE_")
+        self.ends.setdefault(request_id, Counter())[end] += 1
+        return end
+
+    async def wander(self, request_id: str, among: list[str], ended: asyncio.Event) -> None:
+        """Move a request from instance to instance until it has ended."""
+        here = ""
+        while not ended.is_set():
+            to = self.draw.choice([name for name in among if name != here])
+            end = await self.move(request_id, to)
+            if end == "MOVED":
+                here = to
+            else:
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,154 @@
+"""Live sequences move between decode processes, and nobody notices: every token is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+
+from starmesh.telemetry import names
+from starmesh.v1 import inference_pb2, sequence_pb2
+from tests.mesh.moves import Moves
+from tests.mesh.otlp import ReceivedSpan, Receiver
+from tests.mesh.processes import Mesh, until
+from tests.mesh.prompts import PROMPTS
+from tests.mesh.streams import Answer, generate, generate_all, request
+
+DECODES = ["decode-0", "decode-1", "decode-2"]
+OUTPUT_TOKENS = 250
+LEAST_MOVES = 3
+"""Of each sequence; how many there are beyond that is chance."""
+
+
+async def test_sixteen_live_sequences_move_back_and_forth(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Between three processes, two of which reach each other by NIXL and the third by stream only."""
+    async with Receiver() as receiver:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        async with Mesh(tmp_path, tiny_model_dir, environment, forked=True) as mesh:
+            small = ("--kv-memory-mib", "16")
+            await mesh.start("prefill", "prefill-0", *small)
+            for name, backends in zip(DECODES, ("nixl,stream", "nixl,stream", "stream"), strict=True):
+                await mesh.start("decode", name, *small, "--transfer", backends)
+            await mesh.start("router", "router")
+            await mesh.all_seen(5)
+            await _every_token_is_that_of_an_undisturbed_run(mesh)
+            await _both_backends_have_moved_sequences(receiver)
+            await _a_trace_shows_a_move(mesh, receiver)
+
+
+async def _every_token_is_that_of_an_undisturbed_run(mesh: Mesh) -> None:
+    stub = mesh.inference()
+    messages = await _sixteen_requests(mesh)
+    undisturbed = await generate_all(stub, messages)
+    assert {answer.finish_reason for answer in undisturbed} == {
+        sequence_pb2.FINISH_REASON_STOP,
+        sequence_pb2.FINISH_REASON_LENGTH,
+    }
+    await mesh.settled()
+
+    moves = Moves(mesh, random.Random(16))
+
+    async def disturbed(message: inference_pb2.GenerateRequest) -> Answer:
+        begun, ended = asyncio.Event(), asyncio.Event()
+        wandering = asyncio.create_task(_after(begun, moves.wander(message.request_id, DECODES, ended)))
+        try:
+            return await generate(stub, message, on_token=lambda tokens: begun.set())
+        finally:
+            begun.set()
+            ended.set()
+            await wandering
+
+    answers = await asyncio.gather(*(disturbed(message) for message in messages))
+    for message, answer, expected in zip(messages, answers, undisturbed, strict=True):
+        assert answer.token_ids == expected.token_ids, message
+        assert answer.text == expected.text
+        assert answer.finish_reason == expected.finish_reason
+        moved = moves.ends[message.request_id]["MOVED"]
+        assert moved >= LEAST_MOVES, f"{message.request_id} has moved {moved} times: {moves.ends}, {moves.refused}"
+        assert answer.usage is not None
+        assert answer.usage.migrations >= moved - 1, "the last of them may have crossed the end"
+        assert answer.usage.recoveries == 0
+    assert moves.count("IN_DOUBT") == 0
+    await mesh.settled()
+    arrived = [(await mesh.instance(name)).instance.load.migrated_sequences for name in DECODES]
+    assert sum(arrived) == moves.count("MOVED")
+    assert all(arrived)
+    print(f"{moves.count('MOVED')} moves of 16 sequences, to each instance {arrived}; {dict(moves.refused)}")
+
+
+async def _sixteen_requests(mesh: Mesh) -> list[inference_pb2.GenerateRequest]:
+    """Greedy and sampled ones, half of each with a repetition penalty, half of the sampled with a stop string that
+    comes late: all that moves along with a sequence."""
+    messages = []
+    for number, prompt in enumerate(PROMPTS):
+        sampled = {"temperature": 1.0, "top_p": 0.95, "top_k": 200, "seed": number} if number % 4 >= 2 else {}
+        penalty = {"repetition_penalty": 1.3} if number % 2 else {}
+        message = request(prompt, max_output_tokens=OUTPUT_TOKENS, ignore_eos=True, **sampled, **penalty)
+        message.request_id = f"mover-{number}"
+        messages.append(message)
+    stopped = [message for number, message in enumerate(messages) if number % 8 >= 6]
+    for message, answer in zip(stopped, await generate_all(mesh.inference(), stopped), strict=True):
+        late = answer.text[len(answer.text) * 3 // 4 :]
+        message.sampling.stop_strings.append(late[:12])
+    return messages
+
+
+async def _after(begun: asyncio.Event, work) -> None:
+    await begun.wait()
+    await work
+
+
+async def _both_backends_have_moved_sequences(receiver: Receiver) -> None:
+    def used() -> Counter[object]:
+        spans = [span for spans in list(receiver.traces.values()) for span in spans]
+        pulls = [span for span in spans if span.name == names.SPAN_TRANSFER]
+        return Counter(span.attributes.get(names.TRANSFER_BACKEND) for span in pulls)
+
+    await until(
+        lambda: used()["nixl"] >= 16 and used()["stream"] >= 16, "pulls by both backends", describe=lambda: str(used())
+    )
+    print(f"pulls of migrations by backend: {dict(used())}")
+
+
+async def _a_trace_shows_a_move(mesh: Mesh, receiver: Receiver) -> None:
+    """Spans of source, target and transfer are in the request's own trace, and linked to the command's."""
+    command = "7e57" * 8
+    message = request("Count.", max_output_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    message.request_id = "traced"
+    begun = asyncio.Event()
+    running = asyncio.create_task(generate(mesh.inference(), message, on_token=lambda tokens: begun.set()))
+    await asyncio.wait_for(begun.wait(), 30)
+    source = (await mesh.owners())["traced"]
+    target = DECODES[DECODES.index(source) - 1]
+    moves = Moves(mesh, random.Random(0))
+    assert await moves.move("traced", target, traceparent=f"00-{command}-{'ab' * 8}-01") == "MOVED"
+    await running
+
+    def trace() -> list[ReceivedSpan]:
+        for spans in list(receiver.traces.values()):
+            generated = [span for span in spans if span.name == names.SPAN_GENERATE]
+            if generated and generated[0].attributes.get(names.REQUEST_ID) == "traced":
+                return spans
+        return []
+
+    def named(name: str) -> list[ReceivedSpan]:
+        return [span for span in trace() if span.name == name]
+
+    def complete() -> bool:
+        return bool(named(names.SPAN_MIGRATION_SOURCE) and named(names.SPAN_MIGRATION_TARGET))
+
+    await until(complete, "the trace", describe=lambda: str([(s.service, s.name) for s in trace()]))
+    (left,), (came,) = named(names.SPAN_MIGRATION_SOURCE), named(names.SPAN_MIGRATION_TARGET)
+    pulls = named(names.SPAN_TRANSFER)
+    assert left.attributes[names.INSTANCE_ID] == source
+    assert left.attributes[names.MIGRATION_OUTCOME] == "moved"
+    assert left.links == (bytes.fromhex(command),)
+    assert came.attributes[names.INSTANCE_ID] == target
+    assert came.parent_id == left.span_id
+    assert pulls
+    assert all(pull.parent_id == came.span_id for pull in pulls)
+    known = {span.span_id for span in trace()}
+    assert [span.name for span in trace() if span.parent_id not in known] == [names.SPAN_GENERATE], "one tree"
+    (generated,) = named(names.SPAN_GENERATE)
+    assert names.EVENT_MOVED in generated.events
