@@ -1,5 +1,5 @@
-"""Two rescheduler processes on a real Redis: one acts, and when it dies by kill -9 the other does. No engines: the
-decode instances are peers in this process."""
+"""Rescheduler processes on a real Redis: one of two acts, and when it dies by kill -9 the other does (the decode
+instances are peers in this process); and one that moves requests between real engines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from starmesh.telemetry import names
 from starmesh.types import Leadership, Role
 from tests.mesh.otlp import Receiver
 from tests.mesh.processes import Mesh, Service, until
+from tests.mesh.streams import generate_all, request
 from tests.policy.decoding import sequence
 from tests.rescheduler.peers import Peer
 
 LEASE_S = 2.0
+LONG_TOKENS, SHORT_TOKENS = 600, 8
 SEQUENCES = tuple(sequence(f"s{number}", 400) for number in range(12))
 
 
@@ -31,6 +33,31 @@ async def test_a_standby_takes_over_from_a_leader_that_was_killed(tmp_path: Path
                     await take_turns(mesh, ledger, receiver, d0)
             finally:
                 await ledger.close()
+
+
+async def test_long_requests_move_off_the_instance_that_got_them_all(tiny_model_dir: Path, tmp_path: Path) -> None:
+    async with Mesh(tmp_path, tiny_model_dir) as mesh:
+        await mesh.start_all(
+            prefill=1, decode=2, flags=("--kv-memory-mib", "16"), router_flags=("--dispatch-policy", "round_robin")
+        )
+        rescheduler = await start(mesh, "rescheduler")
+        lengths = [LONG_TOKENS, SHORT_TOKENS] * 4
+        messages = [
+            request(f"Tell story {number}.", max_output_tokens=length, ignore_eos=True)
+            for number, length in enumerate(lengths)
+        ]
+        answers = await generate_all(mesh.inference(), messages)
+        assert [len(answer.token_ids) for answer in answers] == lengths
+
+        async def arrived() -> int:
+            return sum(instance.load.migrated_sequences for instance in await mesh.instances())
+
+        await until(arrived, "a report of a sequence that moved", describe=rescheduler.log.read_text)
+        await mesh.settled()
+        rescheduler.terminate()
+        assert await rescheduler.process.wait() == 0
+        found = replay(tmp_path / "rescheduler.rounds")
+        assert found.difference == "" and found.migrations >= 1
 
 
 async def take_turns(mesh: Mesh, ledger: RedisLedger, receiver: Receiver, source: Peer) -> None:
