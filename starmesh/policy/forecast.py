@@ -2,7 +2,7 @@
 
 Owns the arithmetic on arrays of sequences, exact in integers. Owns no instance and no choice. Time counts decode steps
 from now; a step adds one token to each running sequence. A sequence with c tokens and y remaining holds
-n(t) = c + t for t <= y and nothing after; with y unknown it is taken to stay as it is, n(t) = c: so a cluster without
+n(t) = c + t for t <= y and nothing after; with y UNKNOWN it is taken to stay as it is, n(t) = c: so a cluster without
 predictions is balanced by its current load.
 """
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Integers = npt.NDArray[np.int64]
+from starmesh.sequence_loads import UNKNOWN
 
-UNKNOWN = -1
-"""In an array of remaining tokens: no prediction."""
+Integers = npt.NDArray[np.int64]
 
 
 def token_steps(tokens: Integers, remaining: Integers, horizon: int) -> Integers:
@@ -39,6 +38,23 @@ def tokens_at(tokens: Integers, remaining: Integers, steps: Integers) -> Integer
     held: Integers = tokens[:, None] + steps * known
     held *= (steps <= remaining[:, None]) | ~known
     return held
+
+
+def sum_at(tokens: Integers, remaining: Integers, steps: Integers, owner: Integers, count: int) -> Integers:
+    """``tokens_at`` summed over the sequences of each of ``count`` owners, [owners, steps].
+
+    Sequences that run through the same steps grow alike: they are summed first, and then over what outlasts each step.
+    Exact below 2**53 tokens an owner.
+    """
+    known = remaining != UNKNOWN
+    lasts = np.where(known, np.searchsorted(steps, remaining, side="right"), len(steps))
+    width = len(steps) + 1
+    key = owner * width + lasts
+    held = np.bincount(key, weights=tokens, minlength=count * width).reshape(count, width)
+    growing = np.bincount(key, weights=known, minlength=count * width).reshape(count, width)
+    # Column k sums those that run through exactly the first k steps.
+    held, growing = (part[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] for part in (held, growing))
+    return (held + growing * steps).astype(np.int64)
 
 
 def bin_edges(horizon: int, count: int) -> tuple[Integers, Integers]:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmesh.policy.forecast import UNKNOWN, bin_edges, peak_tokens, sample_steps, token_steps, tokens_at
+from starmesh.policy.forecast import bin_edges, peak_tokens, sample_steps, sum_at, token_steps, tokens_at
+from starmesh.sequence_loads import UNKNOWN
 
 pytestmark = pytest.mark.fast
 
@@ -45,6 +46,17 @@ def test_samples_are_the_definition_and_span_the_horizon(rows: list[tuple[int, i
     assert len(steps) <= count
     assert steps[0] == 0 and (steps[-1] == horizon or count == 1)
     assert tokens_at(*columns(rows), steps).tolist() == [[held(*row, t) for t in steps.tolist()] for row in rows]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400), st.integers(-1, 90)), max_size=9), horizons)
+def test_sums_are_those_of_the_owners(rows: list[tuple[int, int, int]], horizon: int) -> None:
+    steps = sample_steps(horizon, 8)
+    owner, tokens, remaining = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    summed = [
+        [sum(held(row[1], row[2], step) for row in rows if row[0] == one) for step in steps.tolist()]
+        for one in range(4)
+    ]
+    assert sum_at(tokens, remaining, steps, owner, 4).tolist() == summed
 
 
 @given(horizons, st.integers(1, 9))

@@ -150,26 +150,25 @@ def test_star_plus_moves_until_nothing_helps() -> None:
 
 
 def test_star_plus_sees_when_loads_meet() -> None:
-    # Over the horizon both instances hold the same on average. But a and b, heavy now, end together, and c and d,
-    # light, stay: mixed, the instances are level all the time.
-    now = decode("d0", sequence("a", 400, 20, max_output_tokens=21), sequence("b", 400, 20, max_output_tokens=21))
+    # Over the horizon both instances hold the same on average. But all of the one end together, and at first they are
+    # twice as much as the others.
+    now = decode("d0", *(sequence(f"a{number}", 200, 20, max_output_tokens=21) for number in range(4)))
     later = decode("d1", sequence("c", 195, 900), sequence("d", 195, 900))
     assert decide("star", now, later).spread_before_tokens < 10
+    assert moves(decide("star", now, later)) == []
     decided = decide("star_plus", now, later, sample_count=41)
-    assert sorted(moves(decided)) == [("a", "d0", "d1"), ("c", "d1", "d0")]
-    assert decided.spread_after_tokens < decided.spread_before_tokens / 5
+    assert moves(decided) == [("a0", "d0", "d1")]
+    assert decided.spread_after_tokens < decided.spread_before_tokens
 
 
-def test_star_plus_swaps_where_no_move_helps() -> None:
-    # 160 against 110: moving 70 or 90 turns the imbalance round, but 90 for 70 leaves 140 and 130.
+def test_two_instances_never_exchange_sequences() -> None:
+    # 160 against 110: moving 70 or 90 turns the imbalance round. 90 for 65 would level it, and may not be.
     heavy = decode("d0", sequence("a", 90), sequence("b", 70))
     light = decode("d1", sequence("c", 65), sequence("d", 45))
-    assert moves(decide("star", heavy, light)) == []
-    decided = decide("star_plus", heavy, light)
-    # 90 for 65: 135 and 135.
-    assert moves(decided) == [("a", "d0", "d1"), ("c", "d1", "d0")]
-    assert decided.spread_after_tokens == 0
-    assert sum(move.gain_tokens for move in decided.migrations) == pytest.approx(25)
+    for policy in ("star", "star_plus"):
+        decided = decide(policy, heavy, light)
+        assert moves(decided) == []
+        assert reasons(decided) == dict.fromkeys("ab", SequenceSkip.NO_GAIN)
 
 
 def test_star_plus_moves_only_what_is_worth_it() -> None:
@@ -236,7 +235,13 @@ def test_memory_pressure_comes_before_balance() -> None:
 
 
 def test_drains_come_first_and_do_not_wait() -> None:
-    leaving = decode("d0", sequence("a", 30), sequence("b", 300), state=InstanceState.DRAINING)
+    # For each token to copy b may last 3 steps, and a 2.
+    leaving = decode(
+        "d0",
+        sequence("a", 30, max_output_tokens=61),
+        sequence("b", 300, max_output_tokens=901),
+        state=InstanceState.DRAINING,
+    )
     quiet, busy = decode("d1", sequence("c", 100)), decode("d2", sequence("d", 400))
     for policy in ("current_load", "llumnix", "star", "star_plus"):
         decided = decide(policy, leaving, quiet, busy)

@@ -9,8 +9,10 @@ tell the memory what became of it.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from starmesh.policy.rescheduling.config import ReschedulingConfig
-from starmesh.policy.rescheduling.measure import measure, reported_owners, usable_instances
+from starmesh.policy.rescheduling.measure import Group, measure, reported_owners, usable_instances
 from starmesh.policy.rescheduling.memory import CoolDown, InFlight, PlanMemory
 from starmesh.policy.rescheduling.outcome import (
     InstanceSkip,
@@ -21,7 +23,6 @@ from starmesh.policy.rescheduling.outcome import (
 )
 from starmesh.policy.rescheduling.policies import POLICIES, ReschedulingPolicy
 from starmesh.policy.rescheduling.round import Round
-from starmesh.policy.rescheduling.unplanned import make_way, unplanned_migrations
 from starmesh.types import ClusterView
 
 __all__ = [
@@ -48,19 +49,20 @@ def plan(view: ClusterView, memory: PlanMemory, config: ReschedulingConfig) -> P
     policy = POLICIES.get(config.policy)
     if policy is None:
         raise ValueError(f"no rescheduling policy is named {config.policy!r}; there are {', '.join(sorted(POLICIES))}")
-    groups, skipped_instances = usable_instances(view, config)
-    memory = memory.reconciled(reported_owners(groups, memory), now_s=view.now_s, config=config)
-    if not policy.steps:
-        return Plan(policy=policy.name, memory=memory, skipped_instances=skipped_instances)
-    unplanned = unplanned_migrations(groups, memory)
+    usable, skipped_instances = usable_instances(view, config)
+    groups = [measure(instances, config, policy.foresight) for instances in usable]
+    remembered = [group.sequences.rows_named(memory.request_ids) for group in groups]
+    memory = memory.reconciled(reported_owners(groups, remembered), now_s=view.now_s, config=config)
+    budget = config.max_in_flight - _under_way(groups, memory)
     rounds: list[Round] = []
-    for instances in groups:
-        round_ = Round(measure(instances, config, policy.foresight), memory, now_s=view.now_s)
-        make_way(round_, unplanned)
+    for group, rows in zip(groups, remembered, strict=True):
+        round_ = Round(group, memory, rows, now_s=view.now_s, budget=budget)
         for step in policy.steps:
             step(round_)
-        memory = memory.started(tuple(round_.migrations))
+        budget = round_.budget
         rounds.append(round_)
+    for round_ in rounds:
+        memory = memory.started(tuple(round_.migrations))
     return Plan(
         policy=policy.name,
         memory=memory,
@@ -70,6 +72,20 @@ def plan(view: ClusterView, memory: PlanMemory, config: ReschedulingConfig) -> P
         spread_before_tokens=_together([round_.spread_before for round_ in rounds]),
         spread_after_tokens=_together([round_.spread for round_ in rounds]),
     )
+
+
+def _under_way(groups: list[Group], memory: PlanMemory) -> int:
+    """How many migrations are under way in the cluster: what is remembered, and what instances report beyond it, for a
+    predecessor, an operator or a draining instance may have started them. Each is counted at the end where more are
+    seen."""
+    sources = Counter(entry.migration.source for entry in memory.in_flight)
+    targets = Counter(entry.migration.target for entry in memory.in_flight)
+    out = into = len(memory.in_flight)
+    for group in groups:
+        for name, outgoing, incoming in zip(group.ids, group.outgoing.tolist(), group.incoming.tolist(), strict=True):
+            out += max(0, outgoing - sources[name])
+            into += max(0, incoming - targets[name])
+    return max(out, into)
 
 
 def _together(spreads: list[float]) -> float:

@@ -36,8 +36,8 @@ def pair_by_freeness(round_: Round) -> None:
         rows = by_request_id(round_, candidates(round_, np.array([source])))
         if len(rows) == 0:
             continue
-        row = int(rows[int(group.tokens[rows].argmin())])
-        tokens = int(group.tokens[row])
+        row = int(rows[int(group.sequences.tokens[rows].argmin())])
+        tokens = int(group.sequences.tokens[row])
         before = float(freeness[target] - freeness[source])
         left = _freeness(free[[source]] + tokens, batch[[source]] - 1)[0]
         right = _freeness(free[[target]] - tokens, batch[[target]] + 1)[0]
@@ -49,21 +49,19 @@ def pair_by_freeness(round_: Round) -> None:
         else:
             round_.move(row, target, MigrationReason.LOAD, gain)
             round_.skip(rows[rows != row], SequenceSkip.BUDGET)
-    for source in sources.tolist()[len(targets) :]:
-        round_.skip(candidates(round_, np.array([source])), SequenceSkip.NO_TARGET)
+    round_.skip(candidates(round_, sources[len(targets) :]), SequenceSkip.NO_TARGET)
 
 
 def _free_tokens(round_: Round) -> tuple[Floats, Integers]:
     """Tokens free beyond all that is there, waits, is reserved or on its way, and the batch size."""
-    group = round_.group
-    here = ~round_.in_flight
+    group, known = round_.group, round_.group.sequences
     count = len(group.ids)
-    used: Floats = np.bincount(group.owner[here], weights=group.tokens[here], minlength=count).astype(np.float64)
-    batch: Integers = np.bincount(group.owner[here], minlength=count).astype(np.int64)
-    for instance in range(count):
-        rows = round_.incoming_rows(instance)
-        used[instance] += group.tokens[rows].sum()
-        batch[instance] += len(rows)
+    owner, tokens = known.owner[~round_.in_flight], known.tokens[~round_.in_flight]
+    used: Floats = np.bincount(owner, weights=tokens, minlength=count).astype(np.float64)
+    batch: Integers = np.bincount(owner, minlength=count).astype(np.int64)
+    for target, rows in round_.incoming.items():
+        used[target] += known.tokens[rows].sum()
+        batch[target] += len(rows)
     free: Floats = group.capacity - used
     return free, batch
 

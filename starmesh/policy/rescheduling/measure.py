@@ -6,25 +6,40 @@ are ordered by id; those of sequences are in the reports' order, on which nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import TypeVar
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
-from starmesh.policy.forecast import UNKNOWN, Integers, bin_edges, peak_tokens, sample_steps, token_steps, tokens_at
+from starmesh.policy.forecast import (
+    Integers,
+    bin_edges,
+    peak_tokens,
+    sample_steps,
+    sum_at,
+    token_steps,
+    tokens_at,
+)
 from starmesh.policy.rescheduling.config import ReschedulingConfig
-from starmesh.policy.rescheduling.memory import PlanMemory
 from starmesh.policy.rescheduling.outcome import InstanceSkip, SkippedInstance
-from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, KvLayout, Role, SequenceLoad
+from starmesh.sequence_loads import COUNTS, UNKNOWN, SequenceLoads
+from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, KvLayout, Role
 
 Floats = npt.NDArray[np.float64]
 Booleans = npt.NDArray[np.bool_]
 _ENDLESS = 2**53
-_Number = TypeVar("_Number", np.int64, np.float64)
+_load_counts = attrgetter(
+    "total_blocks",
+    "free_blocks",
+    "running_sequences",
+    "waiting_sequences",
+    "incoming_migrations",
+    "outgoing_migrations",
+)
 
 
 class Foresight(Enum):
@@ -39,51 +54,83 @@ class Foresight(Enum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """Instances of one layout, arrays [instances]; and their sequences, arrays [sequences].
+class Sequences:
+    """The sequences of a group, arrays [sequences].
 
-    ``weights`` [sequences, samples] is what a sequence adds to its instance's load, ``loads`` [instances, samples] the
-    sum with what is reserved; both are whole numbers, ``scale`` times tokens. ``tokens`` are prompt and output.
-    ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always bounds it: without one, the sequence's own
-    limit does, since memory must hold whatever may come. ``first_row`` [instances + 1] delimits the instances' rows.
+    ``owner`` is the row of the instance that reports it, ``tokens`` are prompt and output, ``limit`` is what it may
+    still generate at most. ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always bounds it: without
+    one, the limit does, since memory must hold whatever may come.
     """
 
-    config: ReschedulingConfig
-    layout: KvLayout
-    instances: tuple[InstanceView, ...]
-    ids: tuple[str, ...]
-    index: dict[str, int]
-    sequences: list[SequenceLoad]
     request_ids: list[str]
-    first_row: Integers
     owner: Integers
+    epochs: Integers
     tokens: Integers
+    resident: Integers
     decoding: Booleans
     remaining: Integers
     upper: Integers
     limit: Integers
-    weights: Floats
-    loads: Floats
+
+    def rows_named(self, names: Collection[str]) -> list[int]:
+        """The rows of these requests; one that moves may be reported at both ends."""
+        return [row for row, name in enumerate(self.request_ids) if name in names] if names else []
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Instances of one layout, arrays [instances], and their sequences.
+
+    ``loads`` [instances, samples] sums what the sequences weigh and what is reserved; whole numbers, ``scale`` times
+    tokens, so that no order of instances or sequences shows in a last bit. ``capacity`` is in tokens, ``first_row``
+    [instances + 1] delimits the instances' sequences, ``incoming`` and ``outgoing`` are the migrations that they
+    report. ``steps`` [samples] and ``bins`` are where loads and memory are looked at.
+    """
+
+    config: ReschedulingConfig
+    foresight: Foresight
+    layout: KvLayout
+    steps: Integers
+    bins: tuple[Integers, Integers]
+    ids: tuple[str, ...]
+    index: dict[str, int]
+    sequences: Sequences
+    first_row: Integers
+    loads: Integers
     scale: int
     ready: Booleans
+    waiting: Integers
+    reserved: Integers
     capacity: Integers
     longest: Integers
-    sequences_at: Integers
+    free_places: Integers
+    incoming: Integers
+    outgoing: Integers
     step_s: Floats
+
+    def weights(self, rows: Integers) -> Integers:
+        """What each of these adds to its instance's load, [rows, samples]."""
+        tokens, remaining = self.sequences.tokens[rows], self.sequences.remaining[rows]
+        if self.foresight is Foresight.RESOLVED:
+            return tokens_at(tokens + self.config.cost.sequence_tokens, remaining, self.steps)
+        return _weight(tokens, remaining, self.config, self.foresight)[:, None]
 
     def peaks(self, rows: Integers) -> Integers:
         """What these sequences may hold at most in each bin of the horizon, [rows, bins]."""
-        bins = bin_edges(self.config.horizon_steps, self.config.memory_bins)
-        return peak_tokens(self.tokens[rows], self.upper[rows], bins, self.layout.block_tokens)
+        known = self.sequences
+        return peak_tokens(known.tokens[rows], known.upper[rows], self.bins, self.layout.block_tokens)
 
-    def rows_of(self, instance: int) -> Integers:
-        """The sequences that an instance reports."""
-        return np.arange(self.first_row[instance], self.first_row[instance + 1])
+    def rows_at(self, instances: Integers) -> tuple[Integers, Integers]:
+        """The sequences that these report, one instance after the other, and where in that each one's begin."""
+        counts = np.diff(self.first_row)[instances]
+        ends = np.cumsum(counts)
+        begins = ends - counts
+        return np.arange(counts.sum()) + np.repeat(self.first_row[instances] - begins, counts), begins
 
     @property
     def predicted(self) -> bool:
         """Whether there is any believed prediction."""
-        return bool((self.remaining != UNKNOWN).any())
+        return bool((self.sequences.remaining != UNKNOWN).any())
 
 
 def usable_instances(
@@ -118,15 +165,16 @@ def _instance_skip(instance: InstanceView, now_s: float, config: ReschedulingCon
     return InstanceSkip.NO_LAYOUT if instance.info.layout is None else None
 
 
-def reported_owners(groups: Iterable[tuple[InstanceView, ...]], memory: PlanMemory) -> dict[str, tuple[int, str]]:
-    """Of the sequences in flight the newest epoch that is reported, and by which instance."""
-    watched = {entry.migration.request_id for entry in memory.in_flight}
+def reported_owners(groups: list[Group], remembered: list[list[int]]) -> dict[str, tuple[int, str]]:
+    """Of the sequences in the rows that are remembered of each group, the newest epoch that is reported and by which
+    instance, by request id."""
     owners: dict[str, tuple[int, str]] = {}
-    for instance in chain.from_iterable(groups) if watched else ():
-        for sequence in _load(instance).sequences:
-            if sequence.request_id in watched:
-                known = owners.get(sequence.request_id, (0, ""))
-                owners[sequence.request_id] = max(known, (sequence.epoch, instance.info.instance_id))
+    for group, rows in zip(groups, remembered, strict=True):
+        known = group.sequences
+        for row in rows:
+            reported = int(known.epochs[row]), group.ids[known.owner[row]]
+            name = known.request_ids[row]
+            owners[name] = max(owners.get(name, (0, "")), reported)
     return owners
 
 
@@ -135,97 +183,92 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     loads = [_load(instance) for instance in instances]
     layout = instances[0].info.layout
     assert layout is not None
-    sequences = list(chain.from_iterable(load.sequences for load in loads))
-    counts = np.array([len(load.sequences) for load in loads], dtype=np.int64)
-    first_row = np.concatenate(([0], np.cumsum(counts)))
-    owner = np.repeat(np.arange(len(instances)), counts)
-    output = _column([known.output_tokens for known in sequences])
-    tokens = _column([known.prompt_tokens for known in sequences]) + output
-    resident = _column([known.resident_tokens for known in sequences])
-    most = _column([known.max_output_tokens for known in sequences])
+    total, free, running, waiting, incoming, outgoing = np.array(
+        [_load_counts(load) for load in loads], dtype=np.int64
+    ).T
     longest = np.array([instance.info.max_sequence_tokens or _ENDLESS for instance in instances], dtype=np.int64)
-    limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
-    remaining, upper = _estimates(sequences, limit, config, foresight)
-    reserved = np.array([instance.reserved_tokens for instance in instances], dtype=np.int64)
-    weights, steps = _weights(tokens, remaining, config, foresight)
-    at = np.array([load.running_sequences + load.waiting_sequences for load in loads], dtype=np.int64)
-    at = np.maximum(at, counts) + np.array([len(instance.reservations) for instance in instances])
+    places = np.array([instance.info.max_sequences or _ENDLESS for instance in instances], dtype=np.int64)
+    reserving = np.array([len(instance.reservations) for instance in instances], dtype=np.int64)
+    reserved = np.array([sum(r.tokens for r in instance.reservations) for instance in instances], dtype=np.int64)
+    sequences, first_row = _sequences(loads, longest, config, foresight)
+    own_blocks = _sum_rows(-(-sequences.resident // layout.block_tokens), first_row)
+    # All blocks but the watermark and those held for others, pullers and arriving sequences.
+    usable = np.floor(total * (1 - config.watermark)).astype(np.int64) - np.maximum(total - free - own_blocks, 0)
+    steps = sample_steps(config.horizon_steps, config.sample_count)
+    scale = config.horizon_steps + 1 if foresight is Foresight.MEAN else 1
     return Group(
         config=config,
+        foresight=foresight,
         layout=layout,
-        instances=instances,
+        steps=steps,
+        bins=bin_edges(config.horizon_steps, config.memory_bins),
         ids=tuple(instance.info.instance_id for instance in instances),
         index={instance.info.instance_id: row for row, instance in enumerate(instances)},
         sequences=sequences,
-        request_ids=[sequence.request_id for sequence in sequences],
         first_row=first_row,
+        # What is dispatched but not reported yet counts as staying: nothing is known of its length.
+        loads=_loads(sequences, first_row, steps, config, foresight) + (scale * reserved)[:, None],
+        scale=scale,
+        ready=np.array([instance.info.state is InstanceState.READY for instance in instances], dtype=np.bool_),
+        waiting=waiting,
+        reserved=reserved,
+        capacity=usable * layout.block_tokens - reserved,
+        longest=longest,
+        free_places=places - np.maximum(running + waiting, np.diff(first_row)) - reserving,
+        incoming=incoming,
+        outgoing=outgoing,
+        step_s=np.array(
+            [load.step_duration_s or config.cost.step_s(load.running_sequences, load.resident_tokens) for load in loads]
+        ),
+    )
+
+
+def _sequences(
+    loads: list[InstanceLoad], longest: Integers, config: ReschedulingConfig, foresight: Foresight
+) -> tuple[Sequences, Integers]:
+    """What is known of the sequences, and where each instance's begin."""
+    reports = [SequenceLoads.of(load.sequences) for load in loads]
+    by_row = np.frombuffer(b"".join([report.counts for report in reports]), dtype=np.int64).reshape(-1, len(COUNTS))
+    epochs, prompt, output, resident, most, median, quantile, age = np.ascontiguousarray(by_row.T)
+    counts = np.array([len(report) for report in reports], dtype=np.int64)
+    owner = np.repeat(np.arange(len(loads)), counts)
+    tokens = prompt + output
+    limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
+    remaining, upper = np.full(len(by_row), UNKNOWN), limit
+    if foresight is not Foresight.NOW:
+        # Not believed are old predictions, and those that say that a running sequence has ended: a wrong 0 would hide
+        # its whole load.
+        believed = (median > 0) & (age <= config.max_prediction_age_tokens)
+        remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
+        upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
+    sequences = Sequences(
+        request_ids=list(chain.from_iterable([report.request_ids for report in reports])),
         owner=owner,
+        epochs=epochs,
         tokens=tokens,
+        resident=resident,
         # All but the last token, which the next step computes.
         decoding=(output > 0) & (resident >= tokens - 1),
         remaining=remaining,
         upper=upper,
         limit=limit,
-        weights=weights,
-        # What is dispatched but not reported yet counts as staying: nothing is known of its length.
-        loads=_sum_rows(weights, first_row) + (steps * reserved)[:, None],
-        scale=steps,
-        ready=np.array([instance.info.state is InstanceState.READY for instance in instances]),
-        capacity=_capacity(loads, layout, resident, first_row, config) - reserved,
-        longest=longest,
-        sequences_at=at,
-        step_s=np.array([load.step_duration_s or _step_s(load, config) for load in loads]),
     )
+    return sequences, np.concatenate(([0], np.cumsum(counts)))
 
 
-def _estimates(
-    sequences: list[SequenceLoad], limit: Integers, config: ReschedulingConfig, foresight: Foresight
-) -> tuple[Integers, Integers]:
-    """Median (or UNKNOWN) and upper bound of the remaining tokens. Not believed are old predictions, and those that say
-    that a running sequence has ended: a wrong 0 would hide its whole load."""
-    unknown = np.full(len(sequences), UNKNOWN, dtype=np.int64)
-    if foresight is Foresight.NOW:
-        return unknown, limit
-    median = _optional_column([known.remaining_tokens for known in sequences])
-    age = _optional_column([known.prediction_age_tokens for known in sequences])
-    believed = (median > 0) & (age <= config.max_prediction_age_tokens)
-    if not believed.any():
-        return unknown, limit
-    quantile = _optional_column([known.remaining_tokens_upper for known in sequences])
-    remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
-    bounded = believed & (quantile > 0)
-    return remaining, np.where(bounded, np.minimum(np.maximum(quantile, median), limit), limit)
-
-
-def _weights(
-    tokens: Integers, remaining: Integers, config: ReschedulingConfig, foresight: Foresight
-) -> tuple[Floats, int]:
-    """What each sequence weighs, and the scale. Whole numbers in floats: sums of them are exact below 2**53, so that no
-    order of instances or sequences shows in the last bit."""
-    if foresight is Foresight.NOW:
-        return tokens[:, None].astype(np.float64), 1
-    if foresight is Foresight.MEAN:
-        summed = token_steps(tokens, remaining, config.horizon_steps)
-        return summed[:, None].astype(np.float64), config.horizon_steps + 1
-    steps = sample_steps(config.horizon_steps, config.sample_count)
-    held = tokens_at(tokens, remaining, steps)
-    return np.where(held > 0, held + config.cost.sequence_tokens, 0).astype(np.float64), 1
-
-
-def _capacity(
-    loads: list[InstanceLoad], layout: KvLayout, resident: Integers, first_row: Integers, config: ReschedulingConfig
+def _loads(
+    sequences: Sequences, first_row: Integers, steps: Integers, config: ReschedulingConfig, foresight: Foresight
 ) -> Integers:
-    """Tokens for sequences: all blocks but the watermark and those held for others, pullers and arriving sequences."""
-    total = np.array([load.total_blocks for load in loads], dtype=np.int64)
-    used = total - np.array([load.free_blocks for load in loads], dtype=np.int64)
-    own = _sum_rows(-(-resident // layout.block_tokens), first_row)
-    usable = np.floor(total * (1 - config.watermark)).astype(np.int64)
-    capacity: Integers = (usable - np.maximum(used - own, 0)) * layout.block_tokens
-    return capacity
+    """The sum of ``Group.weights`` for each instance, [instances, samples]."""
+    if foresight is Foresight.RESOLVED:
+        weighed = sequences.tokens + config.cost.sequence_tokens
+        return sum_at(weighed, sequences.remaining, steps, sequences.owner, len(first_row) - 1)
+    return _sum_rows(_weight(sequences.tokens, sequences.remaining, config, foresight), first_row)[:, None]
 
 
-def _step_s(load: InstanceLoad, config: ReschedulingConfig) -> float:
-    return config.cost.step_s(load.running_sequences, load.resident_tokens)
+def _weight(tokens: Integers, remaining: Integers, config: ReschedulingConfig, foresight: Foresight) -> Integers:
+    """The weights of those that compare by one number."""
+    return token_steps(tokens, remaining, config.horizon_steps) if foresight is Foresight.MEAN else tokens
 
 
 def _load(instance: InstanceView) -> InstanceLoad:
@@ -233,20 +276,7 @@ def _load(instance: InstanceView) -> InstanceLoad:
     return instance.load
 
 
-def _column(values: list[int]) -> Integers:
-    return np.fromiter(values, dtype=np.int64, count=len(values))
-
-
-def _optional_column(values: list[int | None]) -> Integers:
-    """None as UNKNOWN."""
-    return _column([UNKNOWN if value is None else value for value in values])
-
-
-def _sum_rows(values: npt.NDArray[_Number], first_row: Integers) -> npt.NDArray[_Number]:
+def _sum_rows(values: Integers, first_row: Integers) -> Integers:
     """Sums of an instance's rows, 0 for those without any."""
-    sums = np.zeros((len(first_row) - 1, *values.shape[1:]), dtype=values.dtype)
-    filled = first_row[1:] > first_row[:-1]
-    if filled.any():
-        # The sum from each start to the next one: instances without rows lie between at no cost.
-        sums[filled] = np.add.reduceat(values, first_row[:-1][filled], axis=0)
-    return sums
+    sums = np.concatenate(([0], np.cumsum(values)))
+    return np.diff(sums[first_row])

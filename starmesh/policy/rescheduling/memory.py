@@ -50,6 +50,13 @@ class PlanMemory:
     cool_downs: tuple[CoolDown, ...] = ()
     transfer_factor: float = 1.0
 
+    @property
+    def request_ids(self) -> frozenset[str]:
+        """The requests that anything is remembered of."""
+        return frozenset(
+            [entry.migration.request_id for entry in self.in_flight] + [cool.request_id for cool in self.cool_downs]
+        )
+
     def succeeded(self, request_id: str, *, duration_s: float, now_s: float, config: ReschedulingConfig) -> PlanMemory:
         """A migration committed after ``duration_s``. Changes nothing if it is not in flight."""
         entry = self._find(request_id)

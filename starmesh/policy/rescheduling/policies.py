@@ -1,7 +1,8 @@
 """The policies by name: how far each looks ahead, and the steps that choose its moves.
 
-Owns the registry. Every policy but ``none`` empties draining instances first, and none puts a sequence where memory may
-run out over the horizon; they differ in what they balance and how.
+Owns the registry. ``none`` decides nothing at all: a draining instance empties itself (``starmesh.policy.evacuation``).
+Every other policy empties draining instances first, and none puts a sequence where memory may run out over the horizon;
+they differ in what they balance and how.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from starmesh.policy.rescheduling.measure import Foresight
 from starmesh.policy.rescheduling.relief import drain, relieve
 from starmesh.policy.rescheduling.round import Round
 from starmesh.policy.rescheduling.select import at_any_cost, in_sequence_seconds, level
-from starmesh.policy.rescheduling.swap import swap
 
 Step = Callable[[Round], None]
 
@@ -39,11 +39,6 @@ def move_while_worth_it(round_: Round) -> None:
     level(round_, in_sequence_seconds(round_), round_.budget)
 
 
-def swap_while_worth_it(round_: Round) -> None:
-    """Swaps of instances for which no move was found."""
-    swap(round_, in_sequence_seconds(round_))
-
-
 POLICIES: Mapping[str, ReschedulingPolicy] = MappingProxyType(
     {
         policy.name: policy
@@ -52,9 +47,7 @@ POLICIES: Mapping[str, ReschedulingPolicy] = MappingProxyType(
             ReschedulingPolicy("current_load", Foresight.NOW, (drain, move_best)),
             ReschedulingPolicy("llumnix", Foresight.NOW, (drain, pair_by_freeness)),
             ReschedulingPolicy("star", Foresight.MEAN, (drain, move_best)),
-            ReschedulingPolicy(
-                "star_plus", Foresight.RESOLVED, (drain, relieve, move_while_worth_it, swap_while_worth_it)
-            ),
+            ReschedulingPolicy("star_plus", Foresight.RESOLVED, (drain, relieve, move_while_worth_it)),
         )
     }
 )

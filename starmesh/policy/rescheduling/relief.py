@@ -12,84 +12,109 @@ import numpy as np
 from starmesh.policy.forecast import Integers, sample_steps, tokens_at
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Round
-from starmesh.policy.rescheduling.steps import by_request_id, candidates
+from starmesh.policy.rescheduling.steps import amortised, by_request_id, candidates, remaining_or_limit
 from starmesh.types import MigrationReason
 
 
 def drain(round_: Round) -> None:
-    """Move the sequences of draining instances away, the longest first: they take longest, and are hardest to place."""
+    """Empty the draining instances: all that are measured are either ready or draining."""
+    for source in np.flatnonzero(~round_.group.ready).tolist():
+        empty(round_, source)
+
+
+def empty(round_: Round, source: int) -> None:
+    """Move everything away from an instance, first what it would have to decode longest for each token to copy: what
+    the time does not suffice for is the least, and has the best chance to end by itself."""
     group = round_.group
-    # All that are measured are either ready or draining.
-    for source in np.flatnonzero(~group.ready).tolist():
-        rows = by_request_id(round_, round_.screen(group.rows_of(source), drain=True))
-        for row in rows[np.argsort(-group.tokens[rows], kind="stable")].tolist():
-            if round_.budget <= 0 or round_.ends.sending_slots[source] <= 0:
-                round_.skip(np.array([row]), SequenceSkip.BUDGET)
-                continue
-            target = _place(round_, row, drain=True)
-            if target is not None:
-                round_.move(row, target, MigrationReason.DRAIN, float(group.tokens[row]))
+    rows = by_request_id(round_, candidates(round_, np.array([source]), urgent=True))
+    lasting = remaining_or_limit(round_, rows) / np.maximum(group.sequences.tokens[rows], 1)
+    for row in rows[np.argsort(-lasting, kind="stable")].tolist():
+        if round_.budget <= 0 or round_.ends.sending_slots[source] <= 0:
+            round_.skip(np.array([row]), SequenceSkip.BUDGET)
+            continue
+        target = _place(round_, row, np.flatnonzero(round_.targets(urgent=True)))
+        if target is not None:
+            round_.move(row, target, MigrationReason.DRAIN, float(group.sequences.tokens[row]))
 
 
 def relieve(round_: Round) -> None:
     """Move sequences away from instances that would otherwise preempt, as far as predicted by the median: the upper
     quantile would raise the alarm for most full instances, and a needless move costs the target room."""
-    group = round_.group
+    group, most = round_.group, round_.config.shortlist
     counts = np.diff(group.first_row)
-    held = np.bincount(group.owner, weights=group.tokens, minlength=len(group.ids))
+    held = np.bincount(group.sequences.owner, weights=group.sequences.tokens, minlength=len(group.ids))
     # No sequence grows by more than the horizon, and then to the end of a block.
-    doubtful = (held + counts * (group.config.horizon_steps + group.layout.block_tokens) > group.capacity) & group.ready
-    for source in np.flatnonzero(doubtful).tolist():
-        _relieve(round_, source)
+    doubt = held + counts * (group.config.horizon_steps + group.layout.block_tokens) - group.capacity
+    fullest = np.argsort(-doubt, kind="stable")
+    for source in fullest[((doubt > 0) & group.ready)[fullest]][:most].tolist():
+        unburden(round_, source, group.config.horizon_steps)
 
 
-def _relieve(round_: Round, source: int) -> None:
+def unburden(round_: Round, source: int, steps: int, ranks: Integers | None = None, *, urgent: bool = False) -> None:
+    """Move the fewest sequences by which an instance holds the others over the next ``steps``; of those that spare
+    alike the one of the lowest rank (``ranks`` [sequences]), then the one with the least to move. What fits has no
+    reason to stay."""
     group = round_.group
-    rows = group.rows_of(source)
-    steps = sample_steps(group.config.horizon_steps, group.config.sample_count)
-    staying = np.concatenate((rows[~round_.in_flight[rows]], round_.incoming_rows(source)))
-    excess = _held(round_, staying, steps).sum(axis=0) - group.capacity[source]
+    here, _ = group.rows_at(np.array([source]))
+    at = sample_steps(steps, group.config.sample_count)
+    staying = np.concatenate((here[~round_.in_flight[here]], np.array(round_.incoming.get(source, []), dtype=np.int64)))
+    excess = _held(round_, staying, at).sum(axis=0) - group.capacity[source]
     if excess.max() <= 0:
         return
-    movable = by_request_id(round_, candidates(round_, np.array([source])))
-    tokens = _held(round_, movable, steps)
-    for _ in range(group.config.max_in_flight_per_source):
-        if len(movable) == 0 or excess.max() <= 0:
-            break
-        # What each would spare; of equals the one with the least to move.
+    movable = by_request_id(round_, amortised(round_, candidates(round_, np.array([source]), urgent=urgent)))
+    tokens = _held(round_, movable, at)
+    while len(movable) > 0 and excess.max() > 0 and round_.ends.sending_slots[source] > 0 and round_.budget > 0:
+        # What each would spare; no more counts than is needed.
         spared = excess.max() - np.maximum((excess[None, :] - tokens).max(axis=1), 0)
-        order = np.lexsort((np.arange(len(movable)), group.tokens[movable], -spared))
-        for pick in order.tolist():
-            row = int(movable[pick])
-            target = _place(round_, row) if spared[pick] > 0 else None
-            if target is not None and round_.ends.sending_slots[source] > 0 and round_.budget > 0:
-                round_.move(row, target, MigrationReason.MEMORY, float(spared[pick]))
+        rank = np.zeros(len(movable), dtype=np.int64) if ranks is None else ranks[movable]
+        order = np.lexsort((np.arange(len(movable)), group.sequences.tokens[movable], rank, -spared))
+        targets = _roomiest(round_, source)
+        for pick in order[spared[order] > 0].tolist():
+            target = _place(round_, int(movable[pick]), targets)
+            if target is not None:
+                round_.move(int(movable[pick]), target, MigrationReason.MEMORY, float(spared[pick]))
                 excess = excess - tokens[pick]
                 movable, tokens = np.delete(movable, pick), np.delete(tokens, pick, axis=0)
                 break
         else:
-            break
+            # Those that would spare something have found no place.
+            round_.skip(movable, SequenceSkip.NO_GAIN)
+            return
+    if excess.max() > 0:
+        round_.skip(movable, SequenceSkip.BUDGET)
 
 
 def _held(round_: Round, rows: Integers, steps: Integers) -> Integers:
-    """Tokens in whole blocks that these are predicted to hold at each step, [rows, steps]."""
-    group = round_.group
-    block_tokens = group.layout.block_tokens
-    return -(-tokens_at(group.tokens[rows], group.remaining[rows], steps) // block_tokens) * block_tokens
+    """Tokens in whole blocks that these are predicted to hold at each step, [rows, steps]. Without a prediction a
+    sequence grows up to its limit: for balance it counts as staying, but memory it will need."""
+    block_tokens = round_.group.layout.block_tokens
+    held = tokens_at(round_.group.sequences.tokens[rows], remaining_or_limit(round_, rows), steps)
+    return -(-held // block_tokens) * block_tokens
 
 
-def _place(round_: Round, row: int, *, drain: bool = False) -> int | None:
-    """The target with room whose load suffers least; None, with a reason, where there is none."""
+def _roomiest(round_: Round, source: int) -> Integers:
+    """The targets with the most tokens free now, a shortlist of them."""
     group = round_.group
+    held = np.bincount(group.sequences.owner, weights=group.sequences.tokens, minlength=len(group.ids))
+    free = np.argsort(held - group.capacity, kind="stable")
+    targets: Integers = free[round_.targets()[free] & (free != source)]
+    return targets[: round_.config.shortlist]
+
+
+def _place(round_: Round, row: int, targets: Integers) -> int | None:
+    """Of these the target with room whose load suffers least; None, with a reason, where there is none."""
+    group, most = round_.group, round_.config.shortlist
     rows = np.array([row])
-    targets = np.flatnonzero(round_.targets(drain=drain))
-    targets = targets[targets != group.owner[row]]
+    targets = np.sort(targets[targets != group.sequences.owner[row]])
     if len(targets) == 0:
         round_.skip(rows, SequenceSkip.NO_TARGET)
         return None
-    targets = targets[round_.fits(rows, targets)[0]]
-    if len(targets) == 0:
-        round_.skip(rows, SequenceSkip.NO_ROOM)
-        return None
-    suffers = (round_.loads[targets] * group.weights[row]).sum(axis=1)
-    return int(targets[int(suffers.argmin())])
+    suffers = round_.loads[targets] @ group.weights(rows)[0]
+    targets = targets[np.argsort(suffers, kind="stable")]
+    # Most find room at once: only for the others that of all targets is looked at.
+    for some in (targets[:most], targets[most:]):
+        fitting = some[round_.fits(rows, some)[0]]
+        if len(fitting) > 0:
+            return int(fitting[0])
+    round_.skip(rows, SequenceSkip.NO_ROOM)
+    return None

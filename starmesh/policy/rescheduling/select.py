@@ -1,4 +1,4 @@
-"""Simulate and select: the move, or the swap, after which the loads of the instances differ least.
+"""Simulate and select: the move after which the loads of the instances differ least.
 
 With load S(t) of each instance and a sequence of weight n(t), a move from s to d changes the sum of squared loads by
 2 n (n - (S_s - S_d)) at each t; the mean stays, so that is also n times the change of the variance. A move helps iff
@@ -7,16 +7,18 @@ that is negative in the sum over t. Owns the comparison; ``round`` keeps the boo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from starmesh.policy.forecast import Integers
-from starmesh.policy.rescheduling.measure import Booleans, Floats
+from starmesh.policy.rescheduling.measure import Floats
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Round
-from starmesh.policy.rescheduling.steps import Classes, amortised, by_request_id, candidates, classify
+from starmesh.policy.rescheduling.steps import amortised, candidates, classify
 from starmesh.types import MigrationReason
 
 
@@ -43,129 +45,138 @@ def in_sequence_seconds(round_: Round) -> Worth:
     and the sequence itself misses about one step.
     """
     group, config = round_.group, round_.config
-    ready = group.ready[group.owner]
-    count = max(1, int(ready.sum()))
-    weight = float(group.weights[ready, 0].sum()) / count
-    samples = group.weights.shape[1]
-    steps = (config.horizon_steps + 1) / samples
+    counts = np.diff(group.first_row)[group.ready]
+    count = max(1, int(counts.sum()))
+    weight = int((group.loads[:, 0] - group.scale * group.reserved)[group.ready].sum()) / count
+    steps = (config.horizon_steps + 1) / group.loads.shape[1]
     price = config.cost.step_token_s * steps / weight if weight else 0.0
-    batch = 2 * count / max(1, int(group.ready.sum()))
+    batch = 2 * count / max(1, len(counts))
 
     def cost(rows: Integers) -> Floats:
         copying = round_.transfer_s(rows) * config.bystander_slowdown * batch
-        seconds: Floats = config.hysteresis * (copying + group.step_s[group.owner[rows]])
+        seconds: Floats = config.hysteresis * (copying + group.step_s[group.sequences.owner[rows]])
         return seconds
 
     return Worth(price, cost)
 
 
 class Moves:
-    """Every pair of a candidate (rows by request id) and a target (columns by id) with what the move is worth."""
+    """Every pair of a target and a candidate with what the move is worth, [targets, rows].
+
+    The drop of the sum of squared loads is 2 (n S_s - n n - n S_d), summed over t: the first two for each row, the last
+    for each pair. In whole numbers, where sums and differences beyond 64 bits come out right if the drop fits. A move
+    changes the loads and the freedom of its two ends, so only their parts are rated again: rows of one source lie
+    together.
+    """
 
     def __init__(self, round_: Round, worth: Worth, rows: Integers, targets: Integers) -> None:
+        """``rows`` one source after the other."""
         self._round = round_
-        self._worth = worth
-        self.rows = by_request_id(round_, rows)
-        self.targets = np.sort(targets)
-        self._sources = round_.group.owner[self.rows]
-        self._costs = worth.cost(self.rows)
-        self._left = np.ones(len(self.rows), dtype=np.bool_)
-        self._drops = np.zeros((len(self.rows), len(self.targets)))
-        self._fits = np.zeros(self._drops.shape, dtype=np.bool_)
-        everyone, everywhere = np.arange(len(self.rows)), np.arange(len(self.targets))
-        self._rate(everyone, everywhere)
-        self._fit(everywhere)
+        self._price = worth.price
+        self._rows = rows
+        self._targets = targets
+        self._sources = round_.group.sequences.owner[rows]
+        edges = [*np.flatnonzero(np.diff(self._sources, prepend=-1)).tolist(), len(rows)]
+        self._spans = {int(self._sources[begin]): slice(begin, end) for begin, end in pairwise(edges)}
+        self._costs = worth.cost(rows)
+        self._left = np.ones(len(rows), dtype=np.bool_)
+        # By sample and by bin: sums and comparisons run along the rows.
+        self._weights = np.ascontiguousarray(round_.group.weights(rows).T)
+        self._peaks = np.ascontiguousarray(round_.group.peaks(rows).T)
+        shape = len(targets), len(rows)
+        self._leaving = np.empty(shape[1], dtype=np.int64)
+        self._entering = np.empty(shape, dtype=np.int64)
+        self._fits = round_.holds_whole(rows, targets).T.copy()
+        self._drops = np.empty(shape, dtype=np.int64)
+        self._gains = np.empty(shape)
+        """The worth of a move where it is allowed and fits, or -inf."""
+        for span in self._spans.values():
+            self._leave(span)
+        for column in range(len(targets)):
+            self._enter(column)
+        self._look()
+        self._rate(slice(None), slice(None))
 
-    def best(self) -> tuple[int, int, float] | None:
-        """The row in the group, the target and the drop of the move that is worth most; None if none is worth it."""
-        worth = np.where(self._open(), self._net(), -np.inf)
-        if worth.size == 0:
+    def best(self) -> tuple[int, int, int] | None:
+        """The row in the group, the target and the drop of the move that is worth most, of equals that of the lowest
+        request id and then target id; None if none is worth it."""
+        most = self._gains.max(initial=0.0)
+        if most <= 0:
             return None
-        row, column = np.unravel_index(int(worth.argmax()), worth.shape)
-        if not worth[row, column] > 0:
-            return None
-        return int(self.rows[row]), int(self.targets[column]), float(self._drops[row, column])
+        found = [divmod(at, len(self._rows)) for at in np.flatnonzero(self._gains == most).tolist()]
+        ids = self._round.group.sequences.request_ids
+        column, row = min(found, key=lambda at: (ids[self._rows[at[1]]], self._targets[at[0]]))
+        return int(self._rows[row]), int(self._targets[column]), int(self._drops[column, row])
 
     def taken(self, row: int, target: int) -> None:
-        """A move was made: rate again what leaves from either end or goes there, and the target's room."""
-        self._left &= self.rows != row
-        source = self._round.group.owner[row]
-        self._rate(np.flatnonzero((self._sources == source) | (self._sources == target)), np.arange(len(self.targets)))
-        self._rate(np.arange(len(self.rows)), np.flatnonzero((self.targets == target) | (self.targets == source)))
-        self._fit(np.flatnonzero(self.targets == target))
+        """A move was made: rate its ends again."""
+        self._left[self._rows == row] = False
+        self._look()
+        for end in (int(self._round.group.sequences.owner[row]), target):
+            if end in self._spans:
+                self._leave(self._spans[end])
+                self._rate(slice(None), self._spans[end])
+            for column in np.flatnonzero(self._targets == end).tolist():
+                self._enter(column)
+                self._rate(slice(column, column + 1), slice(None))
 
     def explain(self) -> None:
         """Give those that stay their reasons."""
-        round_ = self._round
-        helps = (self._net() > 0) & (self.targets[None, :] != self._sources[:, None])
-        gains, held = helps.any(axis=1), (helps & self._fits).any(axis=1)
-        round_.skip(self.rows[self._left & ~gains], SequenceSkip.NO_GAIN)
-        round_.skip(self.rows[self._left & ~held], SequenceSkip.NO_ROOM)
-        round_.skip(self.rows[self._left], SequenceSkip.BUDGET)
+        round_, stay = self._round, self._left
+        helps = (self._drops * self._price > self._costs) & (self._sources != self._targets[:, None])
+        round_.skip(self._rows[stay & ~helps.any(axis=0)], SequenceSkip.NO_GAIN)
+        round_.skip(self._rows[stay & ~(helps & self._fits).any(axis=0)], SequenceSkip.NO_ROOM)
+        round_.skip(self._rows[stay], SequenceSkip.BUDGET)
 
-    def _rate(self, rows: Integers, columns: Integers) -> None:
-        if len(rows) == 0 or len(columns) == 0:
-            return
-        round_ = self._round
-        weights = round_.group.weights[self.rows[rows]][:, None, :]
-        gaps = round_.loads[self._sources[rows]][:, None, :] - round_.loads[self.targets[columns]][None, :, :]
-        self._drops[np.ix_(rows, columns)] = -2.0 * (weights * (weights - gaps)).sum(axis=2)
+    def _leave(self, span: slice) -> None:
+        """Take over the load of a source."""
+        weights, loads = self._weights[:, span], self._round.loads[self._sources[span.start]]
+        self._leaving[span] = (weights * (loads[:, None] - weights)).sum(axis=0)
 
-    def _fit(self, columns: Integers) -> None:
-        self._fits[:, columns] = self._round.fits(self.rows, self.targets[columns])
+    def _enter(self, column: int) -> None:
+        """Take over the load and the room of a target, which only ever becomes less."""
+        target = self._targets[column]
+        self._entering[column] = (self._weights * self._round.loads[target][:, None]).sum(axis=0)
+        self._fits[column] &= (self._peaks <= self._round.room(target[None]).T).all(axis=0)
 
-    def _net(self) -> Floats:
-        net: Floats = self._drops * self._worth.price - self._costs[:, None]
-        return net
+    def _rate(self, columns: slice, rows: slice) -> None:
+        drops = 2 * (self._leaving[rows] - self._entering[columns, rows])
+        allowed = self._fits[columns, rows] & self._leaves[rows] & self._enters[columns, None]
+        self._drops[columns, rows] = drops
+        self._gains[columns, rows] = np.where(allowed, drops * self._price - self._costs[rows], -np.inf)
 
-    def _open(self) -> Booleans:
-        """What the budget and the directions of the ends allow, and fits."""
-        round_ = self._round
-        ends = round_.ends
-        source = (ends.sending_slots > 0) & ~ends.receives
-        rows = self._left & source[self._sources] & (round_.budget > 0)
-        return rows[:, None] & round_.targets()[self.targets][None, :] & self._fits
+    def _look(self) -> None:
+        """Take over which sequences may leave and which targets are free."""
+        self._leaves = self._left & self._round.senders()[self._sources]
+        self._enters = self._round.targets()[self._targets]
 
 
 def level(round_: Round, worth: Worth, most_moves: int) -> None:
     """Make the best moves from overloaded to underloaded instances, one after another, until none is worth it."""
     classes = classify(round_)
     rows = amortised(round_, candidates(round_, classes.overloaded))
-    sources, targets = _shortlist(round_, classes)
+    most = round_.config.shortlist
+    targets = classes.underloaded[round_.targets()[classes.underloaded]][:most]
     if len(targets) == 0:
         round_.skip(rows, SequenceSkip.NO_TARGET)
         return
-    listed = np.isin(round_.group.owner[rows], sources)
-    moves = Moves(round_, worth, rows[listed], targets)
+    listed = np.zeros(len(round_.loads), dtype=np.bool_)
+    listed[classes.overloaded[round_.senders()[classes.overloaded]][:most]] = True
+    here = listed[round_.group.sequences.owner[rows]]
+    moves = Moves(round_, worth, rows[here], targets)
+    reason = MigrationReason.PREDICTED_LOAD if round_.group.predicted else MigrationReason.LOAD
+    size = round_.loads[round_.group.ready].size
+    variance = (round_.spread * round_.group.scale) ** 2
     for _ in range(most_moves):
         best = moves.best()
         if best is None:
             break
         row, target, drop = best
-        round_.move(row, target, balancing(round_), spread_drop(round_, drop))
+        left = max(variance - drop / size, 0.0)
+        # As a quotient: the difference of two roots could round to 0.
+        gain = drop / size / (math.sqrt(variance) + math.sqrt(left)) / round_.group.scale
+        round_.move(row, target, reason, gain)
         moves.taken(row, target)
+        variance = left
     moves.explain()
-    round_.skip(rows[~listed], SequenceSkip.BUDGET)
-
-
-def balancing(round_: Round) -> MigrationReason:
-    """What a move that balances is for: predicted load as soon as any prediction is believed."""
-    return MigrationReason.PREDICTED_LOAD if round_.group.predicted else MigrationReason.LOAD
-
-
-def _shortlist(round_: Round, classes: Classes) -> tuple[Integers, Integers]:
-    most = round_.config.shortlist
-    targets = classes.underloaded[round_.targets()[classes.underloaded]]
-    ends = round_.ends
-    may_send = (ends.sending_slots > 0) & ~ends.receives
-    sources = classes.overloaded[may_send[classes.overloaded]]
-    return sources[:most], targets[:most]
-
-
-def spread_drop(round_: Round, drop: float) -> float:
-    """By how much the spread shrinks, in tokens, when the sum of squared loads does by ``drop``; called before the
-    move. As a quotient: the difference of two roots could round to 0."""
-    size = round_.loads[round_.group.ready].size
-    before = round_.spread * round_.group.scale
-    after = float(np.sqrt(max(before * before - drop / size, 0.0)))
-    return drop / size / (before + after) / round_.group.scale
+    round_.skip(rows[~here], SequenceSkip.BUDGET)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from starmesh.policy.forecast import UNKNOWN, Integers
+from starmesh.policy.forecast import Integers
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Round
+from starmesh.sequence_loads import UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,9 @@ def classify(round_: Round) -> Classes:
     return Classes(hottest[over[hottest]], coldest[under[coldest]])
 
 
-def candidates(round_: Round, sources: Integers) -> Integers:
+def candidates(round_: Round, sources: Integers, *, urgent: bool = False) -> Integers:
     """The sequences of these instances that may move."""
-    if len(sources) == 0:
-        return np.array([], dtype=np.int64)
-    return round_.screen(np.concatenate([round_.group.rows_of(source) for source in sources.tolist()]))
+    return round_.screen(round_.group.rows_at(sources)[0], urgent=urgent)
 
 
 def amortised(round_: Round, rows: Integers) -> Integers:
@@ -48,14 +47,19 @@ def amortised(round_: Round, rows: Integers) -> Integers:
     By the median. Without a prediction the most that they may generate counts: dropped is only what certainly ends too
     soon.
     """
-    group = round_.group
-    remaining = np.where(group.remaining[rows] == UNKNOWN, group.limit[rows], group.remaining[rows])
-    worth = remaining * group.step_s[group.owner[rows]] >= round_.config.amortisation * round_.transfer_s(rows)
+    step_s = round_.group.step_s[round_.group.sequences.owner[rows]]
+    worth = remaining_or_limit(round_, rows) * step_s >= round_.config.amortisation * round_.transfer_s(rows)
     round_.skip(rows[~worth], SequenceSkip.NOT_AMORTISED)
     return rows[worth]
 
 
+def remaining_or_limit(round_: Round, rows: Integers) -> Integers:
+    """The median of the remaining tokens; without a believed prediction, the most that these may generate."""
+    known = round_.group.sequences
+    return np.where(known.remaining[rows] == UNKNOWN, known.limit[rows], known.remaining[rows])
+
+
 def by_request_id(round_: Round, rows: Integers) -> Integers:
     """In the order of request ids, so that the first of equals is the one of the lowest id."""
-    ids = round_.group.request_ids
+    ids = round_.group.sequences.request_ids
     return np.array(sorted(rows.tolist(), key=ids.__getitem__), dtype=np.int64)
