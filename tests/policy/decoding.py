@@ -8,8 +8,8 @@ import random
 from hypothesis import strategies as st
 
 from starmesh.policy.cost import CostModel
-from starmesh.policy.rescheduling import Plan, ReschedulingConfig
-from starmesh.types import ClusterView, InstanceState, InstanceView, SequenceLoad
+from starmesh.policy.rescheduling import POLICIES, InFlight, Plan, PlanMemory, ReschedulingConfig
+from starmesh.types import ClusterView, InstanceState, InstanceView, Migration, MigrationReason, SequenceLoad
 
 from .views import LAYOUT, NOW_S, OTHER_LAYOUT, instance
 
@@ -131,10 +131,54 @@ def any_cluster(seed: int, *, plain: bool = False) -> ClusterView:
                 "max_sequences": draw.choice([0, 0, 6]),
             }
         total_blocks = draw.choice([60, 200, 400])
-        found.append(decode(f"d{number}", *here, total_blocks=total_blocks, **fields))
+        one = decode(f"d{number}", *here, total_blocks=total_blocks, **fields)
+        if not plain and one.load is not None and draw.random() < 0.1:
+            # Someone else's migrations.
+            incoming = draw.choice([0, 1])
+            load = dataclasses.replace(one.load, incoming_migrations=incoming, outgoing_migrations=1 - incoming)
+            one = dataclasses.replace(one, load=load)
+        found.append(one)
     return ClusterView(NOW_S, tuple(found))
+
+
+def any_memory(view: ClusterView, seed: int) -> PlanMemory:
+    """What may be remembered at this view: moves under way, done and failed, some of sequences and instances that are
+    gone."""
+    draw = random.Random(seed)
+    names = [found.info.instance_id for found in view.instances] + ["gone"]
+    memory = PlanMemory(transfer_factor=draw.choice([0.5, 1.0, 3.0]))
+    for found in view.instances:
+        for known in found.load.sequences if found.load else ():
+            if draw.random() < 0.8:
+                continue
+            source = draw.choice([found.info.instance_id] * 4 + names)
+            epoch = known.epoch - draw.choice([0, 0, 0, 1])
+            move = Migration(known.request_id, source, draw.choice(names), epoch, MigrationReason.LOAD, 1.0)
+            memory = memory.started((InFlight(move, NOW_S - draw.choice([1.0, 1.0, 100.0]), 0.1),))
+            ended_s = NOW_S - draw.choice([1.0, 5.0, 50.0])
+            if draw.random() < 0.3:
+                memory = memory.succeeded(known.request_id, duration_s=0.1, now_s=ended_s, config=CONFIG)
+            elif draw.random() < 0.3:
+                memory = memory.failed(known.request_id, now_s=ended_s, config=CONFIG)
+    return memory
 
 
 seeds = st.integers(0, 2**32)
 clusters = st.builds(any_cluster, seeds)
 plain_clusters = st.builds(lambda seed: any_cluster(seed, plain=True), seeds)
+policies = st.sampled_from(sorted(POLICIES))
+configs = st.builds(
+    dataclasses.replace,
+    st.just(CONFIG),
+    policy=policies,
+    horizon_steps=st.sampled_from([0, 1, 40, 100]),
+    overload_margin=st.sampled_from([0.0, 0.1]),
+    amortisation=st.sampled_from([0.0, 2.0]),
+    hysteresis=st.sampled_from([0.0, 1.0]),
+    freeness_threshold_blocks=st.sampled_from([3.0, 20.0]),
+    star_moves_per_round=st.integers(1, 3),
+    max_in_flight=st.sampled_from([1, 3, 100]),
+    max_in_flight_per_source=st.sampled_from([1, 2, 100]),
+    max_in_flight_per_target=st.sampled_from([1, 2, 100]),
+    shortlist=st.sampled_from([1, 2, 16]),
+)

@@ -14,28 +14,12 @@ from hypothesis import strategies as st
 from starmesh.policy.rescheduling import POLICIES, Plan, PlanMemory, ReschedulingConfig, plan
 from starmesh.types import ClusterView, InstanceState, InstanceView, MigrationReason, SequenceLoad
 
-from .decoding import CONFIG, applied, clusters, plain_clusters
+from .decoding import CONFIG, applied, clusters, configs, plain_clusters, policies
 from .views import NOW_S
 
 pytestmark = pytest.mark.fast
 
 EMPTY = PlanMemory()
-policies = st.sampled_from(sorted(POLICIES))
-configs = st.builds(
-    dataclasses.replace,
-    st.just(CONFIG),
-    policy=policies,
-    horizon_steps=st.sampled_from([0, 1, 40, 100]),
-    overload_margin=st.sampled_from([0.0, 0.1]),
-    amortisation=st.sampled_from([0.0, 2.0]),
-    hysteresis=st.sampled_from([0.0, 1.0]),
-    freeness_threshold_blocks=st.sampled_from([3.0, 20.0]),
-    star_moves_per_round=st.integers(1, 3),
-    max_in_flight=st.sampled_from([1, 3, 100]),
-    max_in_flight_per_source=st.sampled_from([1, 2, 100]),
-    max_in_flight_per_target=st.sampled_from([1, 2, 100]),
-    shortlist=st.sampled_from([1, 2, 16]),
-)
 
 
 def by_id(view: ClusterView) -> dict[str, InstanceView]:

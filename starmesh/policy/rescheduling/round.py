@@ -57,7 +57,7 @@ class Round:
         self._room = np.zeros((count, len(group.bins[0])), dtype=np.int64)
         self._room_known = np.zeros(count, dtype=np.bool_)
         self.incoming: dict[int, list[int]] = {}
-        """By target the sequences of earlier rounds on their way there, as their sources report them."""
+        """By target the sequences on their way there, as their sources report them."""
         self.ends = self._ends(memory)
         self.fit_targets = self._fit_targets(memory)
         self._note_memory(memory, remembered)
@@ -161,6 +161,7 @@ class Round:
         rows = np.array([row])
         self.room(np.array([target]))
         self._room[target] -= group.peaks(rows)[0]
+        self.incoming.setdefault(target, []).append(row)
         weight = group.weights(rows)[0]
         self.loads[source] -= weight
         self.loads[target] += weight
