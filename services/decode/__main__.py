@@ -3,6 +3,7 @@
 import asyncio
 
 from services.decode.config import DecodeSettings
+from services.decode.evacuation import Evacuator
 from services.decode.servicer import DecodeServicer
 from services.decode.worker import DecodeWorker
 from starmesh.instance.instance import open_instance
@@ -15,6 +16,7 @@ async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``, then drain within the grace period."""
     instance = await open_instance(settings, Role.DECODE, prefix_caching=False)
     worker = DecodeWorker(instance, settings.migrator)
+    instance.on_load = Evacuator(instance, worker.migrator, settings.evacuation).look
     instance.server.add(
         decode_pb2_grpc.add_DecodeServiceServicer_to_server,
         DecodeServicer(worker, max_timeout_s=settings.max_timeout_s),

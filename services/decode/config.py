@@ -7,6 +7,7 @@ from pydantic import Field
 from starmesh.instance.settings import EngineSettings
 from starmesh.ledger.limits import OWNER_TTL_S
 from starmesh.migration.terms import Limits
+from starmesh.policy.rescheduling import ReschedulingConfig
 
 MAX_MIGRATIONS = 4
 
@@ -27,6 +28,23 @@ class MigratorConfig:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvacuationConfig:
+    """How an instance rids itself of sequences.
+
+    ``relief_horizon_s`` is how far ahead it sees to it that its blocks suffice: about two migrations of a second each,
+    since what leaves later is preempted before it has gone. ``rescheduling`` bounds moves and targets; after a failure
+    a sequence rests for a second only, because a drain has no more than its grace period.
+    """
+
+    relief_horizon_s: float = 2.0
+    rescheduling: ReschedulingConfig = field(
+        default_factory=lambda: ReschedulingConfig(
+            failure_cool_down_s=1.0, max_in_flight_per_source=MAX_MIGRATIONS, max_in_flight_per_target=MAX_MIGRATIONS
+        )
+    )
+
+
 class DecodeSettings(EngineSettings):
     """An engine instance without a prefix cache: its prompts come with their KV."""
 
@@ -36,6 +54,15 @@ class DecodeSettings(EngineSettings):
     owner_ttl_s: float = Field(
         OWNER_TTL_S, gt=1, description="seconds that the ownership entry of a sequence taken in lives without a router"
     )
+
+    relief_horizon_s: float = Field(
+        2.0, gt=0, description="seconds ahead that its blocks must suffice for, or sequences move away"
+    )
+
+    @property
+    def evacuation(self) -> EvacuationConfig:
+        """What drains and shortages of blocks go by."""
+        return EvacuationConfig(relief_horizon_s=self.relief_horizon_s)
 
     @property
     def migrator(self) -> MigratorConfig:

@@ -202,6 +202,10 @@ class EngineCore:
         full_blocks = sequence.computed_tokens // self._pool.block_tokens
         return SequenceProgress(tuple(sequence.block_ids[:full_blocks]), sequence.tokens, sequence.preemptions)
 
+    def preempted_first(self) -> tuple[str, ...]:
+        """The running requests in the order in which they would be preempted."""
+        return tuple(sequence.request_id for sequence in reversed(self._scheduler.running))
+
     def cancel(self, request_id: str, epoch: int | None = None) -> bool:
         """Drop a request, whatever its status, and free its blocks; with ``epoch``, only that epoch or an older one.
 

@@ -53,6 +53,8 @@ class Instance:
         self.ledger = ledger
         self.count_migrations: Callable[[], MigrationCounts] = MigrationCounts
         """Set by a service that migrates; what it counts is in each load, and no drain ends before all are over."""
+        self.on_load: Callable[[InstanceLoad], None] | None = None
+        """Set by a service that acts on loads: hears of each, on the event loop."""
         self._memory = loaded.memory
         self._deliver: Callable[[list[SequenceOutput]], None] | None = None
         self._settings = settings
@@ -118,6 +120,8 @@ class Instance:
             migrated_sequences=counts.migrated,
         )
         self._last_load, self._last_load_s = load, self._clock.now_s()
+        if self.on_load is not None:
+            self.on_load(load)
         return load
 
     async def _report(self) -> InstanceLoad | None:

@@ -14,6 +14,7 @@ SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again e
 
 # A round of the rescheduler has a trace of its own; the migrations that it decides link to it.
 SPAN_ROUND = "starmesh.round"  # rescheduler: plan, confirm the lead, command
+SPAN_EVACUATION = "starmesh.evacuation"  # decode: moves that a drain or a shortage of blocks asks for
 
 # Events on spans.
 EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
