@@ -83,7 +83,7 @@ async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
 
 async def test_what_fits_nowhere_ends_where_it_is() -> None:
     # Each comes to 23 blocks: B holds two of them.
-    async with evacuating_cluster("AB", blocks={"B": 50}, limits=replace(LIMITS, headroom_blocks=2)) as cluster:
+    async with evacuating_cluster("AB", blocks={"B": 60}, limits=replace(LIMITS, headroom_blocks=12)) as cluster:
         requests = await start(cluster, 4, limit=80)
         await pace(cluster, 0.02)
         await cluster.decode["A"].instance.drain()
