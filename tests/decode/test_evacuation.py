@@ -55,8 +55,8 @@ async def check(cluster: Cluster, requests: list[Request]) -> None:
 
 async def test_a_drain_moves_everything_away_and_does_not_wait_for_the_ends() -> None:
     async with evacuating_cluster("ABC") as cluster:
-        requests = await start(cluster, 6, limit=120)
         await pace(cluster, 0.1)
+        requests = await start(cluster, 6, limit=120)
         assert await cluster.decode["A"].instance.drain() == 6
         await until_drained(cluster, "A")
         # Before their ends, and to both of the others.
@@ -71,8 +71,8 @@ async def test_a_drain_moves_everything_away_and_does_not_wait_for_the_ends() ->
 
 async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
     async with evacuating_cluster("AB", grace_s=15.0) as cluster:
-        requests = await start(cluster, 4, limit=120)
         await pace(cluster, 0.1)
+        requests = await start(cluster, 4, limit=120)
         stopped = cluster.decode.pop("A")
         await stopped.stop()
         assert all(request.failure is None for request in requests)
@@ -84,8 +84,8 @@ async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
 async def test_what_fits_nowhere_ends_where_it_is() -> None:
     # Each comes to 23 blocks: B holds two of them.
     async with evacuating_cluster("AB", blocks={"B": 60}, limits=replace(LIMITS, headroom_blocks=12)) as cluster:
+        await pace(cluster, 0.03)
         requests = await start(cluster, 4, limit=80)
-        await pace(cluster, 0.02)
         await cluster.decode["A"].instance.drain()
         await check(cluster, requests)
         moved = sum(len(request.moves) for request in requests)
