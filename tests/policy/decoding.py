@@ -94,6 +94,44 @@ def applied(view: ClusterView, plan: Plan) -> ClusterView:
     )
 
 
+def by_id(view: ClusterView) -> dict[str, InstanceView]:
+    """The instances by id."""
+    return {found.info.instance_id: found for found in view.instances}
+
+
+def running(found: InstanceView) -> dict[str, SequenceLoad]:
+    """The sequences of an instance by request id."""
+    assert found.load is not None
+    return {known.request_id: known for known in found.load.sequences}
+
+
+def limit_of(known: SequenceLoad) -> int:
+    """What a sequence may still generate."""
+    return known.max_output_tokens - known.output_tokens
+
+
+def upper_of(known: SequenceLoad, config: ReschedulingConfig, *, believe: bool = True) -> int:
+    """What a sequence is taken to generate at most: its upper quantile if that is believed, or its limit."""
+    believed = known.remaining_tokens and (known.prediction_age_tokens or 0) <= config.max_prediction_age_tokens
+    if believe and believed and (known.remaining_tokens_upper or 0) > 0:
+        assert known.remaining_tokens is not None and known.remaining_tokens_upper is not None
+        return min(limit_of(known), max(known.remaining_tokens_upper, known.remaining_tokens))
+    return limit_of(known)
+
+
+def blocks_at(known: SequenceLoad, step: int) -> int:
+    """Blocks that a sequence holds while it runs."""
+    return -(-(known.prompt_tokens + known.output_tokens + step) // LAYOUT.block_tokens)
+
+
+def blocks_for_sequences(found: InstanceView) -> float:
+    """Blocks of an instance that are neither held for others nor reserved."""
+    assert found.load is not None
+    own = sum(-(-known.resident_tokens // LAYOUT.block_tokens) for known in found.load.sequences)
+    others = max(0, found.load.total_blocks - found.load.free_blocks - own)
+    return found.load.total_blocks - others - found.reserved_tokens / LAYOUT.block_tokens
+
+
 def _any_sequence(draw: random.Random, request_id: str) -> SequenceLoad:
     """Any sequence: with and without predictions, wrong and aged ones too, most of them decoding."""
     tokens = draw.choice([draw.randint(2, 60), draw.randint(2, 300), draw.randint(200, 700)])
@@ -137,6 +175,10 @@ def any_cluster(seed: int, *, plain: bool = False) -> ClusterView:
             incoming = draw.choice([0, 1])
             load = dataclasses.replace(one.load, incoming_migrations=incoming, outgoing_migrations=1 - incoming)
             one = dataclasses.replace(one, load=load)
+        if not plain and one.load is not None and draw.random() < 0.2:
+            # Blocks that are held for pullers, or for sequences that arrive.
+            free_blocks = max(0, one.load.free_blocks - draw.randint(1, 30))
+            one = dataclasses.replace(one, load=dataclasses.replace(one.load, free_blocks=free_blocks))
         found.append(one)
     return ClusterView(NOW_S, tuple(found))
 
