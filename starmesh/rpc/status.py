@@ -23,6 +23,8 @@ from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
 
+# What ends a handler and is no failure of it: an abort was sent, or the caller had gone before it could be.
+_ENDED = (grpc.aio.AbortError, grpc.aio.InternalError)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAIL_TYPES: tuple[type[Message], ...] = (
     error_details_pb2.BadRequest,
@@ -179,7 +181,7 @@ def _guard_unary(method: str, behaviour: Any, streams_in: bool) -> Any:
             if isinstance(request, Malformed):
                 raise request
             return await behaviour(_checked(request) if streams_in else request, context)
-        except grpc.aio.AbortError:
+        except _ENDED:
             raise
         except Exception as error:
             await context.abort_with_status(_as_status(method, error).to_rpc_status())
@@ -199,7 +201,7 @@ def _guard_stream(method: str, behaviour: Any, streams_in: bool) -> Any:
                 return
             async for response in answered:
                 yield response
-        except grpc.aio.AbortError:
+        except _ENDED:
             raise
         except Exception as error:
             await context.abort_with_status(_as_status(method, error).to_rpc_status())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from starmesh.engine.batch import Batch, StepResult
 from starmesh.instance.instance import Instance
 from starmesh.ledger import LedgerUnavailable
 from starmesh.ledger.memory import MemoryLedger
+from starmesh.migration.target_record import TargetState
 from starmesh.migration.terms import Limits
 from starmesh.rpc import convert
 from starmesh.rpc.channels import open_channel
@@ -34,14 +35,16 @@ from starmesh.v1 import decode_pb2, decode_pb2_grpc
 from tests.engine.checking_executor import reference_tokens
 from tests.instance.running import PATIENCE_S, MemoryExecutor, Running, running_instance, until
 
-STEP_S = 0.004
+STEP_S = 0.01
 LIMITS = Limits(tail_blocks=1, max_rounds=3, headroom_blocks=32)
 
 
 class PacedExecutor(MemoryExecutor):
-    """Steps take a little, so that a sequence is still under way when its migration is."""
+    """Steps take a little, so that a sequence is still under way when its migration is, until they need not."""
 
-    step_s = STEP_S
+    def __init__(self, total_blocks: int) -> None:
+        super().__init__(total_blocks)
+        self.step_s = STEP_S
 
     def execute(self, batch: Batch) -> StepResult:
         time.sleep(self.step_s)
@@ -49,37 +52,61 @@ class PacedExecutor(MemoryExecutor):
 
 
 class SwitchedLedger:
-    """One process's way to the ledger. While ``silent`` nothing is answered; what is asked is done or not."""
+    """One process's way to the ledger, which may lose answers: ``claim_answers`` says of the next claims whether they
+    are "done" without an answer or "lost" before, ``silent`` of all that is asked that it is not answered."""
 
     def __init__(self, ledger: MemoryLedger) -> None:
         self._ledger = ledger
-        self.silent_claims: str | None = None
-        """None, "lost" (not done) or "done" (done, and the answer lost)."""
-        self.silent_questions = False
-        self.claims = 0
+        self.claim_answers: list[str] = []
+        self.silent = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ledger, name)
 
     async def claim(self, *args: Any, **kwargs: Any) -> None:
-        self.claims += 1
-        if self.silent_claims == "done":
+        how = self.claim_answers.pop(0) if self.claim_answers else ""
+        if how != "lost" and not self.silent:
             await self._ledger.claim(*args, **kwargs)
-        if self.silent_claims is not None:
+        if how or self.silent:
             raise LedgerUnavailable("switched off")
-        await self._ledger.claim(*args, **kwargs)
 
     async def owner(self, request_id: str) -> Ownership | None:
-        if self.silent_questions:
+        if self.silent:
             raise LedgerUnavailable("switched off")
         return await self._ledger.owner(request_id)
+
+    async def report(self, *args: Any, **kwargs: Any) -> bool:
+        if self.silent:
+            raise LedgerUnavailable("switched off")
+        return await self._ledger.report(*args, **kwargs)
+
+
+class Hold:
+    """Holds calls of an asynchronous method up, before they begin, until ``open`` is set: those made ``when``."""
+
+    def __init__(self, owner: Any, name: str, when: Callable[[], bool] = lambda: True) -> None:
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+        self._when = when
+        self._method = getattr(owner, name)
+        setattr(owner, name, self)
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._when():
+            self.reached.set()
+            await self.open.wait()
+        return await self._method(*args, **kwargs)
+
+    async def until_reached(self) -> None:
+        await asyncio.wait_for(self.reached.wait(), PATIENCE_S)
 
 
 class Request:
     """One request as its router sees it."""
 
-    def __init__(self, spec: SequenceSpec, owner: Ownership) -> None:
+    def __init__(self, spec: SequenceSpec, owner: Ownership, hurry: Callable[[], None]) -> None:
         self.spec = spec
+        self._hurry = hurry
         self.owner = owner
         self.stream = TokenStream(max_output_tokens=spec.sampling.max_output_tokens)
         self.stream.begin(owner.epoch)
@@ -89,11 +116,19 @@ class Request:
         self.failure: StatusError | None = None
         self.follows = True
         """Whether a move is followed by itself."""
+        self.refused = 0
+        """Outputs that came from elsewhere or of an older epoch."""
         self.changed = asyncio.Event()
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.stream.finish_reason is not None or self.failure is not None
+
     async def ended(self) -> FinishReason | None:
-        """Wait for the end, which no failure may have brought about."""
-        await self.until(lambda: self.stream.finish_reason is not None or self.failure is not None)
+        """Wait for the end, which no failure may have brought about; steps take no time from now on."""
+        self._hurry()
+        await self.until(lambda: self.over)
         assert self.failure is None, self.failure
         return self.stream.finish_reason
 
@@ -126,7 +161,9 @@ class Router:
         spec = replace(spec, output_token_ids=(*spec.output_token_ids, done.token_id))
         ledger = self._cluster.ledger
         await ledger.claim(spec.request_id, instance_id, expected=None, epoch=spec.epoch, ttl_s=30)
-        request = self.requests[spec.request_id] = Request(spec, Ownership(instance_id, spec.epoch))
+        request = self.requests[spec.request_id] = Request(
+            spec, Ownership(instance_id, spec.epoch), self._cluster.hurry
+        )
         await self.start_on(instance_id, spec, done.ticket)
         await request.until(lambda: len(request.stream.token_ids) > len(spec.output_token_ids) or request.failure)
         return request
@@ -148,11 +185,14 @@ class Router:
 
     async def send(self, instance_id: str, message: decode_pb2.DecodeRequest) -> None:
         if instance_id not in self._calls:
-            channel = open_channel(self._cluster.address(instance_id))
-            self._channels.append(channel)
-            self._calls[instance_id] = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
+            self._calls[instance_id] = self._cluster.stub(instance_id).Decode()
             self._readers[instance_id] = asyncio.create_task(self._read(instance_id))
         await self._calls[instance_id].write(message)
+
+    def channel(self, instance_id: str) -> Any:
+        """A new channel to an instance."""
+        self._channels.append(open_channel(self._cluster.address(instance_id)))
+        return self._channels[-1]
 
     async def part(self, instance_id: str) -> None:
         """Break the stream to an instance."""
@@ -176,6 +216,7 @@ class Router:
     def _take(self, instance_id: str, output: Any) -> None:
         request = self.requests[output.request_id]
         if instance_id != request.owner.instance_id or output.epoch < request.owner.epoch:
+            request.refused += 1
             return
         request.changed.set()
         if output.epoch > request.owner.epoch:
@@ -205,9 +246,15 @@ class Cluster:
     def __init__(self, ledger: MemoryLedger, ledgers: dict[str, SwitchedLedger]) -> None:
         self.ledger = ledger
         self.ledgers = ledgers
+        self.executors: dict[str, PacedExecutor] = {}
         self.prefill: Running
         self.decode: dict[str, Running] = {}
         self.router = Router(self)
+
+    def hurry(self) -> None:
+        """Let all steps take no time from now on."""
+        for executor in self.executors.values():
+            executor.step_s = 0.0
 
     def worker(self, instance_id: str) -> DecodeWorker:
         worker: DecodeWorker = self.decode[instance_id].worker
@@ -215,6 +262,16 @@ class Cluster:
 
     def address(self, instance_id: str) -> str:
         return self.decode[instance_id].instance.membership.info.address
+
+    def stub(self, instance_id: str) -> decode_pb2_grpc.DecodeServiceAsyncStub:
+        """For calls to an instance; its channel is closed with the router's."""
+        channel = self.router.channel(instance_id)
+        stub: decode_pb2_grpc.DecodeServiceAsyncStub = decode_pb2_grpc.DecodeServiceStub(channel)
+        return stub
+
+    def target_states(self, instance_id: str) -> list[TargetState]:
+        """Where the migrations to an instance stand."""
+        return [migration.state for migration in self.worker(instance_id).migrator.incoming._migrations.values()]
 
     def migrate(self, request_id: str, source: str, target: str, **asked: Any) -> SourceMigration:
         """Have ``source`` move a request to ``target``."""
@@ -268,12 +325,13 @@ async def running_cluster(
             running_instance(Role.PREFILL, ledger, PrefillWorker, executor=MemoryExecutor(256))
         )
         for instance_id in ids:
+            executor = cluster.executors[instance_id] = PacedExecutor((blocks or {}).get(instance_id, 256))
             cluster.decode[instance_id] = await enter(
                 running_instance(
                     Role.DECODE,
                     cluster.ledgers[instance_id],  # type: ignore[arg-type]
                     serving,
-                    executor=PacedExecutor((blocks or {}).get(instance_id, 256)),
+                    executor=executor,
                     instance_id=instance_id,
                     **settings,
                 )
