@@ -1,4 +1,5 @@
-"""``python -m tests.mesh.dying_decode``: a decode instance that dies by kill -9 at one exact point of a migration.
+"""``python -m tests.mesh.dying_decode``: a decode instance that sends kill -9 at one exact point of a migration, to
+itself or to another process.
 
 The point is a ``Trap``, in a file in the directory that STARMESH_TEST_TRAPS names; it may be set while the instance
 runs. All else is services.decode.
@@ -26,19 +27,21 @@ End = tuple[Any, tuple[Any, ...]]
 @dataclass(frozen=True, slots=True)
 class Trap:
     """An end of a migration has come to a state, ``at`` "source:COMMITTING" and the like, ``part`` of the transition's
-    effects are carried out, 0 for none and 1 for all, and ``after_s`` later the process is no more."""
+    effects are carried out, 0 for none and 1 for all, and ``after_s`` later the process is no more; or, if set, the one
+    that is called ``pid``."""
 
     at: str
     part: float = 0.0
     after_s: float = 0.0
+    pid: int = 0
 
     def set(self, directory: Path, instance_id: str) -> None:
-        """Set it for one death of the instance."""
-        _path(directory, instance_id).write_text(f"{self.at} {self.part} {self.after_s}")
+        """Set it for one kill by the instance."""
+        _path(directory, instance_id).write_text(f"{self.at} {self.part} {self.after_s} {self.pid}")
 
 
 def clear_trap(directory: Path, instance_id: str) -> None:
-    """Let the instance live."""
+    """Let the instance be."""
     _path(directory, instance_id).unlink(missing_ok=True)
 
 
@@ -65,13 +68,13 @@ def _deadly(function: Callable[..., End], name: str, path: Path) -> Callable[...
     def come_to(*args: Any, **kwargs: Any) -> End:
         record, effects = function(*args, **kwargs)
         try:
-            at, part, after_s = path.read_text().split()
+            at, part, after_s, pid = path.read_text().split()
         except (FileNotFoundError, ValueError):
             return record, effects
         if at != f"{name}:{record.state.name}":
             return record, effects
         deadly = _Deadly(effects)
-        deadly.path, deadly.trap = path, Trap(at, float(part), float(after_s))
+        deadly.path, deadly.trap = path, Trap(at, float(part), float(after_s), int(pid))
         return record, deadly
 
     return come_to
@@ -87,17 +90,18 @@ class _Deadly(tuple[Any, ...]):
         last = round(self.trap.part * len(self))
         for number, effect in enumerate(super().__iter__()):
             if number == last:
-                self._die()
+                self._kill()
             yield effect
         if last == len(self):
-            self._die()
+            self._kill()
 
-    def _die(self) -> None:
+    def _kill(self) -> None:
         self.path.unlink(missing_ok=True)
+        pid = self.trap.pid or os.getpid()
         if self.trap.after_s:
-            asyncio.get_running_loop().call_later(self.trap.after_s, os.kill, os.getpid(), signal.SIGKILL)
+            asyncio.get_running_loop().call_later(self.trap.after_s, os.kill, pid, signal.SIGKILL)
         else:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

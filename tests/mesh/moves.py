@@ -13,8 +13,8 @@ from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, decode_pb2
 from tests.mesh.processes import Mesh
 
 STAGE = decode_pb2.MigrationStage
-RETRY_S = 0.02
-"""Between two commands for a request that could not move: its migration is under way, or as many as may be are."""
+RETRY_S = 0.05
+"""Between two commands for a request that could not move: it is not there yet, or as many as may be are under way."""
 
 
 @dataclass
@@ -54,13 +54,12 @@ class Moves:
         self.ends.setdefault(request_id, Counter())[end] += 1
         return end
 
-    async def wander(self, request_id: str, among: list[str], ended: asyncio.Event) -> None:
-        """Move a request from instance to instance until it has ended."""
+    async def wander(self, request_id: str, among: list[str], ended: asyncio.Event, *, pause_s: float = 0.0) -> None:
+        """Move a request from instance to instance, after pauses of up to ``pause_s``, until it has ended."""
         here = ""
         while not ended.is_set():
             to = self.draw.choice([name for name in among if name != here])
             end = await self.move(request_id, to)
             if end == "MOVED":
                 here = to
-            else:
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self.draw.random() * pause_s if end == "MOVED" else RETRY_S)

@@ -37,6 +37,23 @@ async def test_sixteen_live_sequences_move_back_and_forth(tiny_model_dir: Path, 
             await _a_trace_shows_a_move(mesh, receiver)
 
 
+async def test_sequences_of_a_real_model_move(model_dir: Path, tmp_path: Path) -> None:
+    """The same with the default model, whose steps take longer than a migration: few moves, each of many blocks."""
+    messages = [request(prompt, max_output_tokens=24, ignore_eos=True) for prompt in PROMPTS[:6]]
+    for number, message in enumerate(messages):
+        message.request_id = f"mover-{number}"
+    async with Mesh(tmp_path, model_dir, forked=True) as mesh:
+        await mesh.start_all(prefill=1, decode=3, flags=("--kv-memory-mib", "256"))
+        undisturbed = await generate_all(mesh.inference(), messages)
+        await mesh.settled()
+        moves = Moves(mesh, random.Random(6))
+        answers = await _moved_about(mesh, messages, moves)
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in undisturbed]
+        assert all(moves.ends[message.request_id]["MOVED"] for message in messages), moves.ends
+        await mesh.settled()
+        print(f"{moves.count('MOVED')} moves of {len(messages)} sequences")
+
+
 async def _every_token_is_that_of_an_undisturbed_run(mesh: Mesh) -> None:
     stub = mesh.inference()
     messages = await _sixteen_requests(mesh)
@@ -49,17 +66,7 @@ async def _every_token_is_that_of_an_undisturbed_run(mesh: Mesh) -> None:
 
     moves = Moves(mesh, random.Random(16))
 
-    async def disturbed(message: inference_pb2.GenerateRequest) -> Answer:
-        begun, ended = asyncio.Event(), asyncio.Event()
-        wandering = asyncio.create_task(_after(begun, moves.wander(message.request_id, DECODES, ended)))
-        try:
-            return await generate(stub, message, on_token=lambda tokens: begun.set())
-        finally:
-            begun.set()
-            ended.set()
-            await wandering
-
-    answers = await asyncio.gather(*(disturbed(message) for message in messages))
+    answers = await _moved_about(mesh, messages, moves)
     for message, answer, expected in zip(messages, answers, undisturbed, strict=True):
         assert answer.token_ids == expected.token_ids, message
         assert answer.text == expected.text
@@ -94,9 +101,26 @@ async def _sixteen_requests(mesh: Mesh) -> list[inference_pb2.GenerateRequest]:
     return messages
 
 
-async def _after(begun: asyncio.Event, work) -> None:
-    await begun.wait()
-    await work
+async def _moved_about(mesh: Mesh, messages: list[inference_pb2.GenerateRequest], moves: Moves) -> list[Answer]:
+    """Run the streams; each request moves from its first token to its end."""
+    stub = mesh.inference()
+
+    async def disturbed(message: inference_pb2.GenerateRequest) -> Answer:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def wander() -> None:
+            await begun.wait()
+            await moves.wander(message.request_id, DECODES, ended)
+
+        wandering = asyncio.create_task(wander())
+        try:
+            return await generate(stub, message, on_token=lambda tokens: begun.set())
+        finally:
+            begun.set()
+            ended.set()
+            await wandering
+
+    return await asyncio.gather(*(disturbed(message) for message in messages))
 
 
 async def _both_backends_have_moved_sequences(receiver: Receiver) -> None:
