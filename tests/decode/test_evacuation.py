@@ -64,7 +64,6 @@ async def test_a_drain_moves_everything_away_and_does_not_wait_for_the_ends() ->
         loads = [await cluster.decode[name].instance.load() for name in "BC"]
         assert sum(load.migrated_sequences for load in loads) == 6
         assert all(load.migrated_sequences for load in loads)
-        await pace(cluster, 0.001)
         await check(cluster, requests)
         assert [len(request.moves) for request in requests] == [1] * 6
 
@@ -77,7 +76,6 @@ async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
         await stopped.stop()
         assert all(request.failure is None for request in requests)
         assert all(request.owner.instance_id == "B" for request in requests)
-        await pace(cluster, 0.001)
         await check(cluster, requests)
 
 
@@ -87,9 +85,13 @@ async def test_what_fits_nowhere_ends_where_it_is() -> None:
         await pace(cluster, 0.03)
         requests = await start(cluster, 4, limit=80)
         await cluster.decode["A"].instance.drain()
+
+        async def some_have_moved() -> bool:
+            return any(request.moves for request in requests)
+
+        await until(some_have_moved)
         await check(cluster, requests)
-        moved = sum(len(request.moves) for request in requests)
-        assert 0 < moved < 4
+        assert sum(len(request.moves) for request in requests) < 4
         await until_drained(cluster, "A")
 
 
@@ -104,7 +106,6 @@ async def test_a_drain_waits_for_the_ledger_and_goes_on() -> None:
         await pace(cluster, 0.05)
         ledger.silent = False
         await until_drained(cluster, "A")
-        await pace(cluster, 0.001)
         await check(cluster, requests)
         assert all(len(request.moves) == 1 for request in requests)
 
@@ -115,6 +116,7 @@ async def test_sequences_move_away_before_any_is_preempted(evacuates: bool) -> N
     context = evacuating_cluster if evacuates else running_cluster
     async with context("AB", blocks={"A": 80}) as cluster:
         requests = await start(cluster, 4, limit=120)
+        await requests[0].until(lambda: len(requests[0].stream.token_ids) >= 110)
         await check(cluster, requests)
         load = await cluster.decode["A"].instance.load()
         assert (load.preemptions == 0) == evacuates
