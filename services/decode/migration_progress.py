@@ -37,6 +37,11 @@ class MigrationProgress:
     refusal: Refusal | None = None
     frozen_s: float = 0.0
 
+    def __str__(self) -> str:
+        why = self.refusal or self.cause
+        how = self.state.name.lower().replace("_", " ") + (f", {why.value}" if why else "")
+        return f"{how}; {self.copied_blocks} blocks in {self.rounds} rounds, {self.frozen_s * 1e3:.0f} ms frozen"
+
     @property
     def over(self) -> bool:
         """Whether it is the last word."""

@@ -11,12 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import grpc
 from opentelemetry.trace import Span
 
 from services.decode.link import RouterLink
+from starmesh.engine.engine import SequenceOutput
+from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
-from starmesh.types import Ownership, SequenceSpec
-from starmesh.v1 import sequence_pb2
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import context_of, tracer
+from starmesh.types import FinishReason, Ownership, SequenceSpec
+from starmesh.v1 import decode_pb2, sequence_pb2
 
 
 @dataclass(slots=True, eq=False)
@@ -71,9 +76,70 @@ class RunningSequence:
         assert self.deadline is not None
         return max(0.0, self.deadline.when() - asyncio.get_running_loop().time())
 
+    def take(self, output: SequenceOutput) -> sequence_pb2.SequenceOutput:
+        """Note what a step made of it; the message that tells of it."""
+        self.token_ids += output.token_ids
+        message = sequence_pb2.SequenceOutput(
+            request_id=output.request_id,
+            epoch=output.epoch,
+            offset=output.offset,
+            token_ids=output.token_ids,
+            finish_reason=convert.finish_reason_pb(output.finish_reason),
+        )
+        if output.error is not None:
+            message.failure.CopyFrom(StatusError(grpc.StatusCode.ABORTED, output.error).to_sequence_status())
+        return message
+
     def failure(self, error: StatusError) -> sequence_pb2.SequenceOutput:
         """The message that this instance has given it up."""
         return failure(self.request_id, self.epoch, len(self.token_ids), error)
+
+    def cancelled(self) -> sequence_pb2.SequenceOutput:
+        """The message that it ends here."""
+        return sequence_pb2.SequenceOutput(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            offset=len(self.token_ids),
+            finish_reason=sequence_pb2.FINISH_REASON_CANCELLED,
+        )
+
+    def since(self, offset: int) -> sequence_pb2.SequenceOutput:
+        """All that a router has missed which has ``offset`` tokens, and the end, if it has ended."""
+        message = sequence_pb2.SequenceOutput()
+        if self.end is not None:
+            message.CopyFrom(self.end)
+            del message.token_ids[:]
+        message.request_id, message.epoch, message.offset = self.request_id, self.epoch, offset
+        message.token_ids.extend(self.token_ids[offset:])
+        return message
+
+    def moved(self, owner: Ownership, address: str) -> decode_pb2.SequenceMove:
+        """The message that it goes on elsewhere."""
+        return decode_pb2.SequenceMove(
+            request_id=self.request_id,
+            epoch=owner.epoch,
+            instance_id=owner.instance_id,
+            address=address,
+            output_tokens=len(self.token_ids),
+        )
+
+    def begin_span(self, instance_id: str) -> None:
+        """It decodes from now on."""
+        self.span = tracer().start_span(
+            names.SPAN_DECODE, context_of(self.traceparent), attributes=self.attributes(instance_id)
+        )
+
+    def end_span(self, reason: FinishReason | None) -> None:
+        """It does not any more."""
+        if self.span is not None:
+            self.span.set_attribute(names.OUTPUT_TOKENS, len(self.token_ids))
+            if reason is not None:
+                self.span.set_attribute(names.FINISH_REASONS, [reason.value])
+            self.span.end()
+
+    def attributes(self, instance_id: str) -> dict[str, str | int]:
+        """What all its spans have."""
+        return {names.REQUEST_ID: self.request_id, names.EPOCH: self.epoch, names.INSTANCE_ID: instance_id}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +191,9 @@ def failure(request_id: str, epoch: int, offset: int, error: StatusError) -> seq
     return sequence_pb2.SequenceOutput(
         request_id=request_id, epoch=epoch, offset=offset, failure=error.to_sequence_status()
     )
+
+
+def not_here(request_id: str, epoch: int, offset: int) -> sequence_pb2.SequenceOutput:
+    """What a router hears that asks for a sequence which is not here."""
+    error = StatusError(grpc.StatusCode.NOT_FOUND, f"{request_id} is not here under epoch {epoch}; prefill it again")
+    return failure(request_id, epoch, offset, error)

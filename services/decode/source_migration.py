@@ -11,8 +11,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from services.decode import migration_spans as spans
 from services.decode.claims import Claims
 from services.decode.engine_calls import DepartingSequence
 from services.decode.migration_progress import MigrationProgress, ProgressLog
@@ -24,12 +25,16 @@ from starmesh.migration import source_effects as effects
 from starmesh.migration import source_record as events
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.terms import Cause, LedgerSilent, Limits, OwnerIs, Refusal, Terms, TimedOut
-from starmesh.telemetry import names
-from starmesh.telemetry.setup import context_of, links_to, traceparent_of, tracer
+from starmesh.telemetry.setup import traceparent_of
 from starmesh.transfer.lease import LeaseTableFull
 from starmesh.types import KvTicket, Ownership
 
 log = logging.getLogger(__name__)
+
+_UNDONE: Final[dict[Verdict, events.SourceEvent]] = {
+    Verdict.DECLINED: events.Declined(),
+    Verdict.NO_ANSWER: events.NoAnswer(),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +71,7 @@ class SourceMigration:
         self._timer: asyncio.TimerHandle | None = None
         self._abort: Cause | None = None
         self._calls: set[asyncio.Task[None]] = set()
-        self._span = tracer().start_span(
-            names.SPAN_MIGRATION_SOURCE,
-            context_of(running.traceparent),
-            links=links_to(traceparent),
-            attributes={
-                names.REQUEST_ID: terms.request_id,
-                names.EPOCH: terms.epoch,
-                names.INSTANCE_ID: terms.source_id,
-                names.TARGET_INSTANCE: terms.target_id,
-                names.MIGRATION_REASON: terms.reason.value,
-            },
-        )
+        self._span = spans.begin_source(terms, request=running.traceparent, command=traceparent)
         # The first of its calls into the engine: what later ones find is compared with it.
         self._instance.background(self._note_preemptions())
         blocks = -(-running.tokens // self._instance.layout.block_tokens)
@@ -170,22 +164,21 @@ class SourceMigration:
 
     async def _copy(self, effect: effects.Copy, ticket: KvTicket | None) -> None:
         verdict = await self._verdict(ticket, lambda held: self._shell.target.copy(effect, held))
-        if verdict is not Verdict.DONE:
-            self.on(events.Declined() if verdict is Verdict.DECLINED else events.NoAnswer())
-            return
-        self._arrived_blocks = effect.first_block + len(effect.block_ids)
-        await self._on_arrival(events.Copied)
+        if verdict is Verdict.DONE:
+            self._arrived_blocks = effect.first_block + len(effect.block_ids)
+            await self._on_arrival(events.Copied)
+        else:
+            self.on(_UNDONE[verdict])
 
     async def _commit(self, effect: effects.Commit, ticket: KvTicket | None) -> None:
         remaining_s = self._running.remaining_s
-        verdict = await self._verdict(
-            ticket, lambda held: self._shell.target.commit(effect, held, remaining_s=remaining_s)
-        )
+        target = self._shell.target
+        verdict = await self._verdict(ticket, lambda held: target.commit(effect, held, remaining_s=remaining_s))
         if verdict is Verdict.DONE:
             self._arrived_blocks = effect.first_block + len(effect.block_ids)
             self.on(events.Committed())
         else:
-            self.on(events.Declined() if verdict is Verdict.DECLINED else events.NoAnswer())
+            self.on(_UNDONE[verdict])
 
     async def _verdict(
         self, ticket: KvTicket | None, ask: Callable[[KvTicket], Awaitable[tuple[Verdict, int]]]
@@ -271,16 +264,6 @@ class SourceMigration:
                 call.cancel()
         self._instance.background(self._shell.target.close(self._abort))
         how = self._progress()
-        why = how.refusal or how.cause
-        outcome = how.state.name.lower().replace("_", " ")
-        log.info(
-            "%s to %s: %s%s", self.terms.request_id, self.terms.target_id, outcome, f", {why.value}" if why else ""
-        )
-        self._span.set_attribute(names.MIGRATION_OUTCOME, outcome)
-        if why is not None:
-            self._span.set_attribute(names.MIGRATION_CAUSE, why.value)
-        self._span.set_attribute(names.MIGRATION_ROUNDS, how.rounds)
-        self._span.set_attribute(names.TRANSFER_BYTES, how.transfer_bytes)
-        self._span.set_attribute(names.MIGRATION_FROZEN_S, how.frozen_s)
-        self._span.end()
+        spans.end_source(self._span, how)
+        log.info("%s to %s: %s", self.terms.request_id, self.terms.target_id, how)
         self._shell.on_end(self)

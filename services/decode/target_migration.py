@@ -12,13 +12,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-import grpc
 from opentelemetry import trace
 
+from services.decode import migration_spans as spans
 from services.decode.claims import Claims
 from services.decode.engine_calls import ArrivingSequence
 from services.decode.link import RouterLink
-from services.decode.running import Sequences, WaitingRouter, failure
+from services.decode.running import Sequences, WaitingRouter, not_here
 from services.decode.waiting_calls import WaitingCalls
 from starmesh.engine.scheduler import SchedulingError
 from starmesh.instance.instance import Instance
@@ -27,12 +27,8 @@ from starmesh.migration import target_effects as effects
 from starmesh.migration import target_record as events
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.terms import LedgerSilent, Limits, OwnerIs, Refusal, Terms, TimedOut
-from starmesh.rpc.status import StatusError
-from starmesh.telemetry import names
-from starmesh.telemetry.setup import context_of, tracer
 from starmesh.transfer import TransferError
 from starmesh.types import KvTicket, SequenceSpec
-from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +67,7 @@ class TargetMigration:
         self._deadline_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.pulled_bytes = 0
-        self._span = tracer().start_span(
-            names.SPAN_MIGRATION_TARGET,
-            context_of(parent or traceparent),
-            attributes={
-                names.REQUEST_ID: terms.request_id,
-                names.EPOCH: terms.moved.epoch,
-                names.INSTANCE_ID: terms.target_id,
-                names.SOURCE_INSTANCE: terms.source_id,
-                names.MIGRATION_REASON: terms.reason.value,
-            },
-        )
+        self._span = spans.begin_target(terms, parent=parent or traceparent)
         self._end, begun = target.begin(terms, limits, blocks=blocks, now_s=self._loop.time())
         self._carry_out(begun)
 
@@ -205,21 +191,15 @@ class TargetMigration:
         self.on(events.NoBlocks(found) if isinstance(found, Refusal) else events.BlocksReserved(found))
 
     async def _pull(self, ticket: KvTicket, local_block_ids: tuple[int, ...]) -> None:
-        attributes: dict[str, str | int] = {
-            names.REQUEST_ID: self.terms.request_id,
-            names.SOURCE_INSTANCE: self.terms.source_id,
-            names.TRANSFER_BLOCKS: len(local_block_ids),
-        }
-        context = trace.set_span_in_context(self._span)
-        with tracer().start_as_current_span(names.SPAN_TRANSFER, context, attributes=attributes) as span:
+        span = spans.begin_transfer(self.terms, self._span, blocks=len(local_block_ids))
+        with trace.use_span(span, end_on_exit=True):
             try:
                 result = await self._instance.pull(ticket, local_block_ids)
             except TransferError as error:
                 log.info("%r: %s", self, error)
                 span.set_status(trace.StatusCode.ERROR, str(error))
                 return
-            span.set_attribute(names.TRANSFER_BACKEND, result.backend.value)
-            span.set_attribute(names.TRANSFER_BYTES, result.bytes)
+            spans.note_transfer(span, result)
         self.pulled_bytes = result.bytes
         self._pulled = True
 
@@ -256,14 +236,6 @@ class TargetMigration:
         self._stop_timer()
         self._reserve_calls.leave()
         self._calls.leave()
-        self._span.set_attribute(names.MIGRATION_OUTCOME, self._end.state.name.lower())
-        self._span.set_attribute(names.MIGRATION_ROUNDS, self._end.rounds)
-        self._span.end()
+        spans.end_target(self._span, self._end)
         self.ended.set_result(None)
         self._shell.on_end(self)
-
-
-def not_here(request_id: str, epoch: int, offset: int) -> sequence_pb2.SequenceOutput:
-    """What a router hears that asks for a sequence which is not here."""
-    error = StatusError(grpc.StatusCode.NOT_FOUND, f"{request_id} is not here under epoch {epoch}; prefill it again")
-    return failure(request_id, epoch, offset, error)

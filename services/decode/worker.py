@@ -11,14 +11,12 @@ import logging
 from collections.abc import Mapping
 
 import grpc
-from opentelemetry.trace import Span
 
 from services.decode.config import MigratorConfig
 from services.decode.handoff import RETRY_DELAY_S, hand_off
 from services.decode.link import RouterLink
 from services.decode.migrator import Migrator
-from services.decode.running import RunningSequence, WaitingRouter, failure
-from services.decode.target_migration import not_here
+from services.decode.running import RunningSequence, WaitingRouter, failure, not_here
 from starmesh.engine.engine import SequenceOutput
 from starmesh.instance.instance import Instance
 from starmesh.instance.intake import check_sequence
@@ -27,7 +25,7 @@ from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import context_of, tracer
 from starmesh.types import FinishReason, InstanceState, KvTicket, Ownership, SequenceSpec
-from starmesh.v1 import decode_pb2, sequence_pb2
+from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
 
@@ -114,17 +112,7 @@ class DecodeWorker:
             running = self._running.get(output.request_id)
             if running is None or running.epoch != output.epoch:
                 continue
-            running.token_ids += output.token_ids
-            message = sequence_pb2.SequenceOutput(
-                request_id=output.request_id,
-                epoch=output.epoch,
-                offset=output.offset,
-                token_ids=output.token_ids,
-                finish_reason=convert.finish_reason_pb(output.finish_reason),
-            )
-            if output.error is not None:
-                status = StatusError(grpc.StatusCode.ABORTED, output.error)
-                message.failure.CopyFrom(status.to_sequence_status())
+            message = running.take(output)
             self._put(running, message)
             if output.finish_reason is None and output.error is None:
                 continue
@@ -146,15 +134,7 @@ class DecodeWorker:
     def tell_moved(self, running: RunningSequence, owner: Ownership, address: str, output_tokens: int) -> None:
         """Tell its router where it goes on after how many tokens, and forget it."""
         assert running.link is not None and len(running.token_ids) == output_tokens
-        running.link.put_move(
-            decode_pb2.SequenceMove(
-                request_id=running.request_id,
-                epoch=owner.epoch,
-                instance_id=owner.instance_id,
-                address=address,
-                output_tokens=output_tokens,
-            )
-        )
+        running.link.put_move(running.moved(owner, address))
         if running.span is not None:
             running.span.add_event(names.EVENT_MOVED, {names.TARGET_INSTANCE: owner.instance_id})
         self._end(running)
@@ -163,7 +143,7 @@ class DecodeWorker:
         """Take a sequence over that the engine is about to run; its outputs wait for a router."""
         running = self._running[spec.request_id] = RunningSequence.of(spec, None, traceparent=traceparent)
         self._bound(running, timeout_s)
-        running.span = self._decode_span(running)
+        running.begin_span(self.instance.instance_id)
         self.instance.membership.report_soon()
 
     def serve(self, request_id: str, epoch: int, waiting: WaitingRouter) -> None:
@@ -175,13 +155,7 @@ class DecodeWorker:
             waiting.link.put(not_here(request_id, epoch, waiting.offset))
             self._stop(running)
             return
-        message = sequence_pb2.SequenceOutput(request_id=request_id, epoch=epoch, offset=waiting.offset)
-        if running.end is not None:
-            message.finish_reason = running.end.finish_reason
-            if running.end.HasField("failure"):
-                message.failure.CopyFrom(running.end.failure)
-        message.token_ids.extend(running.token_ids[waiting.offset :])
-        waiting.link.put(message)
+        waiting.link.put(running.since(waiting.offset))
         if running.end is not None:
             self._end(running, convert.finish_reason(running.end.finish_reason))
         else:
@@ -216,14 +190,14 @@ class DecodeWorker:
         """The handoff. Whatever goes wrong, the blocks are freed and the router hears of it once; who cancels this
         frees them (``_stop``)."""
         context = context_of(running.traceparent)
-        attributes = {**self._attributes(running), names.PREFILL_INSTANCE: ticket.instance_id}
+        attributes = {**running.attributes(self.instance.instance_id), names.PREFILL_INSTANCE: ticket.instance_id}
         try:
             if running.before:
                 await asyncio.wait(running.before)
             with tracer().start_as_current_span(names.SPAN_HANDOFF, context, attributes=attributes) as span:
                 await hand_off(self.instance, spec, ticket, span)
             # Before the start: a sequence may end with its first step, before this has heard that it runs.
-            running.span = self._decode_span(running)
+            running.begin_span(self.instance.instance_id)
             await self.instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
         except StatusError as error:
             await self._fail(running, error)
@@ -254,14 +228,7 @@ class DecodeWorker:
             # It has just come; a router that still wants it prefills it again.
             self.migrator.incoming.cancel(running.request_id, running.epoch)
             return
-        running.link.put(
-            sequence_pb2.SequenceOutput(
-                request_id=running.request_id,
-                epoch=running.epoch,
-                offset=len(running.token_ids),
-                finish_reason=sequence_pb2.FINISH_REASON_CANCELLED,
-            )
-        )
+        running.link.put(running.cancelled())
         self._stop(running)
 
     def _stop(self, running: RunningSequence) -> None:
@@ -294,24 +261,8 @@ class DecodeWorker:
             running.deadline.cancel()
         if running.handoff is not None and running.handoff is not asyncio.current_task():
             running.handoff.cancel()
-        if running.span is not None:
-            running.span.set_attribute(names.OUTPUT_TOKENS, len(running.token_ids))
-            if reason is not None:
-                running.span.set_attribute(names.FINISH_REASONS, [reason.value])
-            running.span.end()
+        running.end_span(reason)
         self.instance.membership.report_soon()
 
     async def _free(self, running: RunningSequence) -> None:
         await self.instance.engine.call(lambda core: core.cancel(running.request_id, running.epoch))
-
-    def _decode_span(self, running: RunningSequence) -> Span:
-        return tracer().start_span(
-            names.SPAN_DECODE, context_of(running.traceparent), attributes=self._attributes(running)
-        )
-
-    def _attributes(self, running: RunningSequence) -> dict[str, str | int]:
-        return {
-            names.REQUEST_ID: running.request_id,
-            names.EPOCH: running.epoch,
-            names.INSTANCE_ID: self.instance.instance_id,
-        }

@@ -154,7 +154,7 @@ class Router:
         self._channels: list[Any] = []
         self.requests: dict[str, Request] = {}
 
-    async def start(self, spec: SequenceSpec, instance_id: str) -> Request:
+    async def start(self, spec: SequenceSpec, instance_id: str, *, traceparent: str = "") -> Request:
         """Prefill and start a sequence, and wait until a token has come."""
         done = await self._cluster.prefill.worker.prefill(spec, "checking")
         assert done.ticket is not None
@@ -164,12 +164,14 @@ class Router:
         request = self.requests[spec.request_id] = Request(
             spec, Ownership(instance_id, spec.epoch), self._cluster.hurry
         )
-        await self.start_on(instance_id, spec, done.ticket)
+        await self.start_on(instance_id, spec, done.ticket, traceparent=traceparent)
         await request.until(lambda: len(request.stream.token_ids) > len(spec.output_token_ids) or request.failure)
         return request
 
-    async def start_on(self, instance_id: str, spec: SequenceSpec, ticket: KvTicket) -> None:
-        start = decode_pb2.StartSequence(sequence=convert.spec_pb(spec), ticket=convert.ticket_pb(ticket))
+    async def start_on(self, instance_id: str, spec: SequenceSpec, ticket: KvTicket, *, traceparent: str = "") -> None:
+        start = decode_pb2.StartSequence(
+            sequence=convert.spec_pb(spec), ticket=convert.ticket_pb(ticket), traceparent=traceparent
+        )
         await self.send(instance_id, decode_pb2.DecodeRequest(start=start))
 
     async def attach(self, request: Request, owner: Ownership, *, offset: int | None = None) -> None:

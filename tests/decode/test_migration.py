@@ -9,10 +9,15 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.decode.migration_progress import MAX_FOLLOWERS, MigrationProgress
 from starmesh.migration.source_record import SourceState
 from starmesh.rpc.status import StatusError
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import traceparent_of
 from starmesh.types import FinishReason, Ownership
 from starmesh.v1 import decode_pb2
 from tests.decode.cluster import Cluster, Hold, Request, running_cluster
@@ -185,3 +190,35 @@ async def test_followers_are_bounded(cluster: Cluster) -> None:
     for call in calls:
         assert (await rest_of(call))[-1].stage in FINAL
     await complete(request)
+
+
+async def test_the_spans_of_a_move_are_in_the_requests_trace(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for module in ("running", "worker", "migration_spans"):
+        monkeypatch.setattr(f"services.decode.{module}.tracer", lambda: provider.get_tracer("test"))
+    client, round_ = (provider.get_tracer("test").start_span(name) for name in ("client", "round"))
+    request = await cluster.router.start(spec(limit=400), "A", traceparent=traceparent_of(client))
+    assert (await cluster.migrate("a", "A", "B", traceparent=traceparent_of(round_)).outcome()).moved
+    await complete(request)
+    await cluster.nothing_left()
+
+    spans = exporter.get_finished_spans()
+    trace_id = client.get_span_context().trace_id
+    assert {span.context.trace_id for span in spans} == {trace_id}
+    (source,) = [span for span in spans if span.name == names.SPAN_MIGRATION_SOURCE]
+    (target,) = [span for span in spans if span.name == names.SPAN_MIGRATION_TARGET]
+    pulls = [span for span in spans if span.name == names.SPAN_TRANSFER]
+    left, came = [span for span in spans if span.name == names.SPAN_DECODE]
+    assert [link.context.span_id for link in source.links] == [round_.get_span_context().span_id]
+    requests = client.get_span_context().span_id
+    assert {span.parent.span_id for span in (source, left, came)} == {requests}
+    assert target.parent.span_id == source.context.span_id
+    assert {pull.parent.span_id for pull in pulls} == {target.context.span_id}
+    assert source.attributes[names.MIGRATION_OUTCOME] == "moved"
+    assert source.attributes[names.TRANSFER_BYTES] == sum(pull.attributes[names.TRANSFER_BYTES] for pull in pulls)
+    assert {pull.attributes[names.TRANSFER_BACKEND] for pull in pulls} == {"stream"}
+    assert [event.name for event in left.events] == [names.EVENT_MOVED]
+    assert (left.attributes[names.INSTANCE_ID], came.attributes[names.INSTANCE_ID]) == ("A", "B")
+    assert left.attributes[names.OUTPUT_TOKENS] < came.attributes[names.OUTPUT_TOKENS] == 400

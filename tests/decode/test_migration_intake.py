@@ -1,4 +1,4 @@
-"""Every field of a migration's calls that is wrong is named. Also the messages that other tests begin from."""
+"""Every field of a migration's calls that is wrong is named."""
 
 from __future__ import annotations
 
@@ -11,27 +11,22 @@ import pytest
 from services.decode import migration_intake as intake
 from services.decode.outgoing import MoveAsked
 from starmesh.migration.target_record import CommitAsked, CopyAsked
-from starmesh.migration.terms import Terms
-from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
-from starmesh.types import KvLayout, KvTicket, MigrationReason, SequenceSpec
+from starmesh.types import MigrationReason
 from starmesh.v1 import decode_pb2
+from tests.decode.migration_requests import (
+    LAYOUT,
+    TERMS,
+    TICKET,
+    commit_request,
+    copy_request,
+    migrate_request,
+    reserve_request,
+    ticket,
+)
 from tests.instance.running import spec
 
 pytestmark = pytest.mark.fast
-
-TERMS = Terms(reservation_id="r", request_id="z", epoch=1, source_id="A", target_id="B", reason=MigrationReason.LOAD)
-
-
-def migrate_request(**changes: Any) -> decode_pb2.MigrateRequest:
-    fields: dict[str, Any] = {
-        "request_id": "a",
-        "epoch": 1,
-        "target_instance_id": "B",
-        "target_address": "127.0.0.1:1",
-        "reason": decode_pb2.MIGRATION_REASON_OPERATOR,
-    }
-    return decode_pb2.MigrateRequest(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -52,46 +47,6 @@ def test_migrate_names_the_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(StatusError) as caught:
         intake.move_asked(migrate_request(**changes))
     assert (caught.value.code, caught.value.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
-
-
-LAYOUT = KvLayout("checking", "float32", 1, 1, 1, 4)
-TICKET = KvTicket("lease", "A", "127.0.0.1:1", LAYOUT, (5, 6), 8, 30.0)
-
-
-def reserve_request(**changes: Any) -> decode_pb2.ReserveMigrationRequest:
-    fields: dict[str, Any] = {
-        "reservation_id": "r",
-        "request_id": "z",
-        "epoch": 1,
-        "source_instance_id": "A",
-        "source_address": "127.0.0.1:1",
-        "layout": convert.layout_pb(LAYOUT),
-        "blocks": 8,
-        "reason": decode_pb2.MIGRATION_REASON_LOAD,
-        "max_tokens": 30,
-    }
-    return decode_pb2.ReserveMigrationRequest(**{**fields, **changes})
-
-
-def copy_request(ticket: KvTicket = TICKET, **changes: Any) -> decode_pb2.CopyMigrationRequest:
-    fields: dict[str, Any] = {"reservation_id": "r", "round": 1, "first_block": 0, "ticket": convert.ticket_pb(ticket)}
-    return decode_pb2.CopyMigrationRequest(**{**fields, **changes})
-
-
-def commit_request(
-    sequence: SequenceSpec | None = None, ticket: KvTicket = TICKET, **changes: Any
-) -> decode_pb2.CommitMigrationRequest:
-    sequence = sequence or spec("z", prompt=8, outputs=(1,))
-    fields: dict[str, Any] = {
-        "reservation_id": "r",
-        "sequence": convert.spec_pb(sequence),
-        "ticket": convert.ticket_pb(ticket),
-    }
-    return decode_pb2.CommitMigrationRequest(**{**fields, **changes})
-
-
-def ticket(**changes: Any) -> KvTicket:
-    return dataclasses.replace(TICKET, **changes)
 
 
 @pytest.mark.parametrize(

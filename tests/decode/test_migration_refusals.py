@@ -19,7 +19,7 @@ from starmesh.rpc.status import StatusError
 from starmesh.types import FinishReason, InstanceState
 from starmesh.v1 import decode_pb2
 from tests.decode.cluster import Cluster, Hold, running_cluster
-from tests.decode.test_migration_intake import commit_request, copy_request, reserve_request, ticket
+from tests.decode.migration_requests import commit_request, copy_request, reserve_request, ticket
 from tests.instance.running import PATIENCE_S, spec, until
 
 
