@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from services.decode.source_migration import SourceMigration
+from services.decode.target_calls import Verdict
 from starmesh.engine.engine import EngineCore
 from starmesh.engine.sequence import SequenceStatus
 from starmesh.migration.source_record import SourceState
@@ -221,6 +222,33 @@ async def test_a_target_that_does_not_answer_is_waited_for_so_long(stage: str) -
         cluster.router.requests["a"].check()
 
 
+async def test_calls_that_come_twice_are_answered_twice() -> None:
+    """At the same time, and again when the first has been answered."""
+    async with running_cluster() as cluster:
+        await cluster.router.start(spec(limit=400), "A")
+        migration = cluster.migrate("a", "A", "B")
+        target = migration._shell.target
+        answers: dict[str, list[Any]] = {}
+
+        def double(name: str) -> None:
+            call = getattr(target, name)
+
+            async def doubled(*args: Any, **kwargs: Any) -> Any:
+                both = await asyncio.gather(call(*args, **kwargs), call(*args, **kwargs))
+                answers.setdefault(name, []).extend([*both, await call(*args, **kwargs)])
+                return both[0]
+
+            setattr(target, name, doubled)
+
+        for name in ("reserve", "copy", "commit"):
+            double(name)
+        assert (await migration.outcome()).moved
+        assert len(set(answers["reserve"])) == 1
+        assert {verdict for verdict, _ in answers["copy"]} == {Verdict.DONE}
+        assert [verdict for verdict, _ in answers["commit"]] == [Verdict.DONE] * 3
+        await _goes_on(cluster, Ownership("B", 2))
+
+
 async def test_a_pull_that_fails_is_declined() -> None:
     async with running_cluster() as cluster:
         await cluster.router.start(spec(limit=400), "A")
@@ -287,6 +315,32 @@ async def test_a_target_whose_ledger_is_silent_gives_up_and_the_source_takes_bac
         assert (outcome.state, outcome.cause) == (SourceState.STAYED, Cause.TARGET_SILENT)
         assert await cluster.ledger.owner("a") == Ownership("A", 3)
         await _goes_on(cluster, Ownership("A", 3))
+
+
+@pytest.mark.parametrize("answers", [["done"], ["lost"], ["lost", "done"]])
+async def test_a_source_that_takes_back_asks_for_the_answer_that_was_lost(answers: list[str]) -> None:
+    async with running_cluster(limits=IMPATIENT) as cluster:
+        await cluster.router.start(spec(limit=400), "A")
+        stages = Stages(cluster, "claim")
+        migration = await stages.begin()
+        cluster.ledgers["A"].claim_answers = answers
+        await cluster.decode["B"].instance.server.stop(0)
+        assert (await migration.outcome()).state is SourceState.STAYED
+        assert await cluster.ledger.owner("a") == Ownership("A", 3)
+        stages.go_on()
+        await _goes_on(cluster, Ownership("A", 3))
+
+
+async def test_a_ledger_that_restarted_empty_moves_nothing() -> None:
+    async with running_cluster() as cluster:
+        await cluster.router.start(spec(limit=400), "A")
+        stages = Stages(cluster, "claim")
+        migration = await stages.begin()
+        await cluster.ledger.disown("a", 9)
+        stages.go_on()
+        outcome = await migration.outcome()
+        assert (outcome.state, outcome.cause) == (SourceState.STAYED, Cause.DECLINED)
+        await _goes_on(cluster, Ownership("A", 1))
 
 
 async def test_a_sequence_that_was_taken_back_is_cancelled_by_the_epoch_that_its_router_knows() -> None:
