@@ -1,5 +1,5 @@
-"""The sequences of a load in columns: as a sequence of ``SequenceLoad`` for those that read, as one buffer for those
-that compute.
+"""The sequences of a load in columns: for those that read a sequence of ``SequenceLoad``, for those that compute
+buffers.
 
 Owns the order of the columns and that nothing changes. A round of rescheduling reads hundreds of thousands of
 sequences; as objects, reading them takes longer than deciding. Rows are made when somebody asks for one.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import overload
 
@@ -36,18 +35,16 @@ _counts_of = attrgetter(*COUNTS)
 class SequenceLoads(Sequence[SequenceLoad]):
     """Immutable; equal to a tuple of the same rows, and hashed like it.
 
-    ``counts`` is [sequences, COUNTS] by row, 64-bit signed in the machine's order, UNKNOWN for None.
+    ``columns`` has one buffer for each of COUNTS: 64-bit signed in the machine's order, UNKNOWN for None.
     """
 
-    __slots__ = ("_rows", "counts", "request_ids")
+    __slots__ = ("_rows", "columns", "request_ids")
 
     def __init__(self, request_ids: Iterable[str], columns: Iterable[Iterable[int]]) -> None:
-        """One column for each of COUNTS. Raises ValueError for columns of different lengths and OverflowError for
-        counts beyond 64 bits."""
+        """Raises ValueError for columns of another number or length, and OverflowError for counts beyond 64 bits."""
         self.request_ids = tuple(request_ids)
-        by_row = zip(*columns, strict=True)
-        self.counts = array("q", chain.from_iterable(by_row)).tobytes()
-        if len(self.counts) != len(self.request_ids) * len(COUNTS) * 8:
+        self.columns = tuple([array("q", column).tobytes() for column in columns])
+        if list(map(len, self.columns)) != [8 * len(self.request_ids)] * len(COUNTS):
             raise ValueError(f"{len(self.request_ids)} sequences need as many of each of {len(COUNTS)} counts")
         self._rows: tuple[SequenceLoad, ...] | None = None
 
@@ -79,7 +76,7 @@ class SequenceLoads(Sequence[SequenceLoad]):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, SequenceLoads):
-            return self.counts == other.counts and self.request_ids == other.request_ids
+            return self.columns == other.columns and self.request_ids == other.request_ids
         return self._as_rows() == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
@@ -91,6 +88,6 @@ class SequenceLoads(Sequence[SequenceLoad]):
     def _as_rows(self) -> tuple[SequenceLoad, ...]:
         # Made once: a router reads the same load again and again. Two threads would make the same.
         if self._rows is None:
-            counts = (None if count == UNKNOWN else count for count in array("q", self.counts))
-            self._rows = tuple(map(SequenceLoad, self.request_ids, *[counts] * len(COUNTS)))
+            counts = ([None if n == UNKNOWN else n for n in array("q", column)] for column in self.columns)
+            self._rows = tuple(map(SequenceLoad, self.request_ids, *counts))
         return self._rows

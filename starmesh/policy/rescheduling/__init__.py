@@ -9,8 +9,6 @@ tell the memory what became of it.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.policy.rescheduling.measure import Group, measure, reported_owners, usable_instances
 from starmesh.policy.rescheduling.memory import CoolDown, InFlight, PlanMemory
@@ -78,13 +76,15 @@ def _under_way(groups: list[Group], memory: PlanMemory) -> int:
     """How many migrations are under way in the cluster: what is remembered, and what instances report beyond it, for a
     predecessor, an operator or a draining instance may have started them. Each is counted at the end where more are
     seen."""
-    sources = Counter(entry.migration.source for entry in memory.in_flight)
-    targets = Counter(entry.migration.target for entry in memory.in_flight)
     out = into = len(memory.in_flight)
     for group in groups:
-        for name, outgoing, incoming in zip(group.ids, group.outgoing.tolist(), group.incoming.tolist(), strict=True):
-            out += max(0, outgoing - sources[name])
-            into += max(0, incoming - targets[name])
+        outgoing, incoming = group.outgoing.copy(), group.incoming.copy()
+        for entry in memory.in_flight:
+            for name, unplanned in ((entry.migration.source, outgoing), (entry.migration.target, incoming)):
+                if name in group.index:
+                    unplanned[group.index[name]] -= 1
+        out += int(outgoing.clip(min=0).sum())
+        into += int(incoming.clip(min=0).sum())
     return max(out, into)
 
 

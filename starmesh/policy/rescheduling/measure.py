@@ -228,13 +228,14 @@ def _sequences(
 ) -> tuple[Sequences, Integers]:
     """What is known of the sequences, and where each instance's begin."""
     reports = [SequenceLoads.of(load.sequences) for load in loads]
-    by_row = np.frombuffer(b"".join([report.counts for report in reports]), dtype=np.int64).reshape(-1, len(COUNTS))
-    epochs, prompt, output, resident, most, median, quantile, age = np.ascontiguousarray(by_row.T)
+    epochs, prompt, output, resident, most, median, quantile, age = (
+        np.frombuffer(b"".join([report.columns[at] for report in reports]), dtype=np.int64) for at in range(len(COUNTS))
+    )
     counts = np.array([len(report) for report in reports], dtype=np.int64)
     owner = np.repeat(np.arange(len(loads)), counts)
     tokens = prompt + output
     limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
-    remaining, upper = np.full(len(by_row), UNKNOWN), limit
+    remaining, upper = np.full(len(tokens), UNKNOWN), limit
     if foresight is not Foresight.NOW:
         # Not believed are old predictions, and those that say that a running sequence has ended: a wrong 0 would hide
         # its whole load.

@@ -85,6 +85,16 @@ class Round:
         senders: Booleans = (self.ends.sending_slots > 0) & ~self.ends.receives & (self.budget > 0)
         return senders
 
+    def may_send(self, instance: int) -> bool:
+        """Whether it is among ``senders``."""
+        ends = self.ends
+        return bool(ends.sending_slots[instance] > 0 and not ends.receives[instance]) and self.budget > 0
+
+    def may_receive(self, instance: int) -> bool:
+        """Whether it is among ``targets``."""
+        ends = self.ends
+        return bool(self.fit_targets[instance] and ends.receiving_slots[instance] > 0 and not ends.sends[instance])
+
     def targets(self, *, urgent: bool = False) -> Booleans:
         """The instances that may receive a sequence now. If it is urgent also those that have sent."""
         ends = self.ends
@@ -185,13 +195,14 @@ class Round:
         keys = group.sequences.owner[rows] * len(_REASONS) + self._reasons[rows]
         order = np.argsort(keys, kind="stable")
         names = list(map(group.sequences.request_ids.__getitem__, rows[order].tolist()))
-        keys, begins = np.unique(keys[order], return_index=True)
+        keys = keys[order]
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
         ends = [*begins[1:].tolist(), len(names)]
         return tuple(
             SkippedSequences(
                 group.ids[key // len(_REASONS)], _REASONS[key % len(_REASONS)], frozenset(names[begin:end])
             )
-            for key, begin, end in zip(keys.tolist(), begins.tolist(), ends, strict=False)
+            for key, begin, end in zip(keys[begins].tolist(), begins.tolist(), ends, strict=False)
         )
 
     def _ends(self, memory: PlanMemory) -> Ends:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from starmesh.policy.forecast import Integers
-from starmesh.policy.rescheduling.measure import Floats
+from starmesh.policy.rescheduling.measure import Booleans, Floats
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Round
 from starmesh.policy.rescheduling.steps import amortised, candidates, classify
@@ -65,35 +65,30 @@ class Moves:
 
     The drop of the sum of squared loads is 2 (n S_s - n n - n S_d), summed over t: the first two for each row, the last
     for each pair. In whole numbers, where sums and differences beyond 64 bits come out right if the drop fits. A move
-    changes the loads and the freedom of its two ends, so only their parts are rated again: rows of one source lie
+    changes its two ends, so only their parts are rated again, as long as they may still move: rows of one source lie
     together.
     """
 
     def __init__(self, round_: Round, worth: Worth, rows: Integers, targets: Integers) -> None:
         """``rows`` one source after the other."""
+        group = round_.group
         self._round = round_
         self._price = worth.price
         self._rows = rows
         self._targets = targets
-        self._sources = round_.group.sequences.owner[rows]
+        self._columns = {target: column for column, target in enumerate(targets.tolist())}
+        self._sources = group.sequences.owner[rows]
         edges = [*np.flatnonzero(np.diff(self._sources, prepend=-1)).tolist(), len(rows)]
         self._spans = {int(self._sources[begin]): slice(begin, end) for begin, end in pairwise(edges)}
         self._costs = worth.cost(rows)
-        self._left = np.ones(len(rows), dtype=np.bool_)
         # By sample and by bin: sums and comparisons run along the rows.
-        self._weights = np.ascontiguousarray(round_.group.weights(rows).T)
-        self._peaks = np.ascontiguousarray(round_.group.peaks(rows).T)
-        shape = len(targets), len(rows)
-        self._leaving = np.empty(shape[1], dtype=np.int64)
-        self._entering = np.empty(shape, dtype=np.int64)
-        self._fits = round_.holds_whole(rows, targets).T.copy()
-        self._drops = np.empty(shape, dtype=np.int64)
-        self._gains = np.empty(shape)
-        """The worth of a move where it is allowed and fits, or -inf."""
-        for span in self._spans.values():
-            self._leave(span)
-        for column in range(len(targets)):
-            self._enter(column)
+        self._weights = np.ascontiguousarray(group.weights(rows).T)
+        self._peaks = np.ascontiguousarray(group.peaks(rows).T)
+        self._holds_whole = round_.holds_whole(rows, targets).T
+        self._left = np.ones(len(rows), dtype=np.bool_)
+        self._leaves = round_.senders()[self._sources]
+        self._gains = np.full((len(targets), len(rows)), -np.inf)
+        """The worth of a move that is allowed and fits, or -inf."""
         self._look()
         self._rate(slice(None), slice(None))
 
@@ -101,54 +96,66 @@ class Moves:
         """The row in the group, the target and the drop of the move that is worth most, of equals that of the lowest
         request id and then target id; None if none is worth it."""
         most = self._gains.max(initial=0.0)
-        if most <= 0:
+        if most <= 0 or self._round.budget <= 0:
             return None
         found = [divmod(at, len(self._rows)) for at in np.flatnonzero(self._gains == most).tolist()]
         ids = self._round.group.sequences.request_ids
         column, row = min(found, key=lambda at: (ids[self._rows[at[1]]], self._targets[at[0]]))
-        return int(self._rows[row]), int(self._targets[column]), int(self._drops[column, row])
+        drop = 2 * (int(self._leaving[row]) - int(self._entering[column, row]))
+        return int(self._rows[row]), int(self._targets[column]), drop
 
     def taken(self, row: int, target: int) -> None:
         """A move was made: rate its ends again."""
+        round_ = self._round
+        source = int(round_.group.sequences.owner[row])
         self._left[self._rows == row] = False
-        self._look()
-        for end in (int(self._round.group.sequences.owner[row]), target):
+        self._leaves &= self._left
+        for end in (source, target):
             if end in self._spans:
-                self._leave(self._spans[end])
-                self._rate(slice(None), self._spans[end])
-            for column in np.flatnonzero(self._targets == end).tolist():
-                self._enter(column)
-                self._rate(slice(column, column + 1), slice(None))
+                span = self._spans[end]
+                self._gains[:, span] = -np.inf
+                self._leaves[span] &= round_.may_send(end)
+                if round_.may_send(end):
+                    self._leaving[span] = self._leave(span)
+                    self._rate(slice(None), span)
+            if end in self._columns:
+                column = slice(self._columns[end], self._columns[end] + 1)
+                self._gains[column] = -np.inf
+                if round_.may_receive(end):
+                    self._entering[column], self._fits[column] = self._enter(column)
+                    self._rate(column, slice(None))
 
     def explain(self) -> None:
         """Give those that stay their reasons."""
+        self._look()
         round_, stay = self._round, self._left
-        helps = (self._drops * self._price > self._costs) & (self._sources != self._targets[:, None])
+        drops = 2 * (self._leaving - self._entering)
+        helps = (drops * self._price > self._costs) & (self._sources != self._targets[:, None])
         round_.skip(self._rows[stay & ~helps.any(axis=0)], SequenceSkip.NO_GAIN)
         round_.skip(self._rows[stay & ~(helps & self._fits).any(axis=0)], SequenceSkip.NO_ROOM)
         round_.skip(self._rows[stay], SequenceSkip.BUDGET)
 
-    def _leave(self, span: slice) -> None:
-        """Take over the load of a source."""
-        weights, loads = self._weights[:, span], self._round.loads[self._sources[span.start]]
-        self._leaving[span] = (weights * (loads[:, None] - weights)).sum(axis=0)
+    def _look(self) -> None:
+        """Take over the loads and the room of all."""
+        self._leaving = self._leave(slice(None))
+        self._entering, self._fits = self._enter(slice(None))
 
-    def _enter(self, column: int) -> None:
-        """Take over the load and the room of a target, which only ever becomes less."""
-        target = self._targets[column]
-        self._entering[column] = (self._weights * self._round.loads[target][:, None]).sum(axis=0)
-        self._fits[column] &= (self._peaks <= self._round.room(target[None]).T).all(axis=0)
+    def _leave(self, span: slice) -> Integers:
+        weights = self._weights[:, span]
+        leaving: Integers = (weights * (self._round.loads[self._sources[span]].T - weights)).sum(axis=0)
+        return leaving
+
+    def _enter(self, columns: slice) -> tuple[Integers, Booleans]:
+        targets = self._targets[columns]
+        has_room = (self._peaks[:, None, :] <= self._round.room(targets).T[:, :, None]).all(axis=0)
+        return self._round.loads[targets] @ self._weights, has_room & self._holds_whole[columns]
 
     def _rate(self, columns: slice, rows: slice) -> None:
-        drops = 2 * (self._leaving[rows] - self._entering[columns, rows])
-        allowed = self._fits[columns, rows] & self._leaves[rows] & self._enters[columns, None]
-        self._drops[columns, rows] = drops
-        self._gains[columns, rows] = np.where(allowed, drops * self._price - self._costs[rows], -np.inf)
-
-    def _look(self) -> None:
-        """Take over which sequences may leave and which targets are free."""
-        self._leaves = self._left & self._round.senders()[self._sources]
-        self._enters = self._round.targets()[self._targets]
+        """Only where both ends may still take part."""
+        worth = 2 * (self._leaving[rows] - self._entering[columns, rows]) * self._price - self._costs[rows]
+        open_ = self._fits[columns, rows] & self._leaves[rows]
+        open_ &= self._round.targets()[self._targets[columns], None]
+        self._gains[columns, rows] = np.where(open_, worth, -np.inf)
 
 
 def level(round_: Round, worth: Worth, most_moves: int) -> None:
