@@ -163,8 +163,12 @@ class ReadableRound:
             assert load is not None
             leaving = max(out[host.name], load.outgoing_migrations)
             coming = max(into[host.name], load.incoming_migrations)
-            host.sends = leaving > 0 or any(c.source == host.name and not c.failures for c in current)
-            host.receives = coming > 0 or any(c.target == host.name and not c.failures for c in current)
+            host.sends = leaving > 0 or any(
+                c.source == host.name and self.now_s < c.settled_s for c in memory.cool_downs
+            )
+            host.receives = coming > 0 or any(
+                c.target == host.name and self.now_s < c.settled_s for c in memory.cool_downs
+            )
             host.may_send = config.max_in_flight_per_source - leaving
             host.may_receive = config.max_in_flight_per_target - coming
             if info.max_sequences:

@@ -30,7 +30,7 @@ def moved(view: ClusterView, memory: PlanMemory) -> list[tuple[str, str]]:
 def test_success_cools_down_and_teaches_the_cost() -> None:
     memory = FLYING.succeeded("a", duration_s=0.6, now_s=NOW_S + 1, config=CONFIG)
     assert memory.in_flight == ()
-    assert memory.cool_downs == (CoolDown("a", "d0", "d1", NOW_S + 11),)
+    assert memory.cool_downs == (CoolDown("a", "d0", "d1", NOW_S + 11, settled_s=NOW_S + 3),)
     # A tenth of the way from 1 to 0.6 / 0.2.
     assert memory.transfer_factor == pytest.approx(1.2)
 
@@ -52,7 +52,7 @@ def test_outcomes_of_the_unknown_change_nothing() -> None:
 
 def test_a_report_that_shows_the_move_ends_it() -> None:
     done = at(NOW_S + 1, decode("d0"), decode("d1", sequence("a", 100, epoch=2)))
-    assert plan(done, FLYING, CONFIG).memory.cool_downs == (CoolDown("a", "d0", "d1", NOW_S + 11),)
+    assert plan(done, FLYING, CONFIG).memory.cool_downs == (CoolDown("a", "d0", "d1", NOW_S + 11, settled_s=NOW_S + 3),)
     # The same epoch, or another instance, does not.
     for other in (decode("d1", sequence("a", 100, epoch=1)), decode("d2", sequence("a", 100, epoch=2))):
         assert plan(at(NOW_S + 1, decode("d0"), other), FLYING, CONFIG).memory.in_flight == FLYING.in_flight
@@ -69,12 +69,14 @@ def test_silence_is_a_failure_in_the_end() -> None:
 
 def test_cool_downs_end_and_are_forgotten() -> None:
     memory = FLYING.succeeded("a", duration_s=0.2, now_s=NOW_S, config=CONFIG)
-    resting = plan(at(NOW_S + 9, decode("d0"), dataclasses.replace(BUSY, info=decode("d1").info)), memory, CONFIG)
+    there = dataclasses.replace(BUSY, info=decode("d1").info)
+    settling = plan(at(NOW_S + 1.9, decode("d0"), there), memory, CONFIG)
     # d1 has received a: it sends nothing.
-    reasons = {name: skip.reason for skip in resting.skipped for name in skip.request_ids}
-    assert resting.migrations == ()
+    reasons = {name: skip.reason for skip in settling.skipped for name in skip.request_ids}
+    assert settling.migrations == ()
     assert reasons == {"a": SequenceSkip.COOLING_DOWN} | dict.fromkeys("bcd", SequenceSkip.SETTLING)
-    rested = plan(at(NOW_S + 10, decode("d0"), dataclasses.replace(BUSY, info=decode("d1").info)), memory, CONFIG)
+    assert moved(at(NOW_S + 9, decode("d0"), there), memory) == [("b", "d0")]
+    rested = plan(at(NOW_S + 10, decode("d0"), there), memory, CONFIG)
     assert [move.request_id for move in rested.migrations] == ["a"]
     assert rested.memory.cool_downs == ()
     failed = FLYING.failed("a", now_s=NOW_S, config=CONFIG)

@@ -63,8 +63,11 @@ class ReschedulingConfig:
     another in the same round is unknown."""
 
     cool_down_s: float = 10.0
-    """How long a moved sequence stays, its source receives nothing and its target sends nothing (drains excepted).
-    The paper's is unknown; our choice: some ten rounds."""
+    """How long a moved sequence stays (drains excepted). The paper's is unknown; our choice: some ten rounds."""
+
+    settle_s: float = 2.0
+    """How long the source of a move receives nothing, and its target sends nothing (drains excepted): until both have
+    reported what has become of them. Our choice, by simulation (docs/rescheduling.md)."""
 
     failure_cool_down_s: float = 10.0
     """As ``cool_down_s`` after a failed move of a sequence; doubled with each further failure, up to 64 times this. Our
@@ -76,8 +79,9 @@ class ReschedulingConfig:
     in_flight_timeout_s: float = 60.0
     """A migration not heard of for so long has failed. Our choice; the protocol's own leases are shorter."""
 
-    hysteresis: float = 2.0
-    """``star_plus`` moves what gains this many times what moving it costs, both in sequence-seconds. Our choice."""
+    hysteresis: float = 8.0
+    """``star_plus`` moves what gains this many times what moving it costs, both in sequence-seconds. Our choice, by
+    simulation: fewer moves to the same effect (docs/rescheduling.md)."""
 
     bystander_slowdown: float = 0.01
     """How much slower the other sequences of both ends decode during a transfer. Llumnix reports at most 1 %."""
@@ -111,6 +115,7 @@ class ReschedulingConfig:
             self.max_prediction_age_tokens,
             self.max_waiting_sequences,
             self.cool_down_s,
+            self.settle_s,
             self.failure_cool_down_s,
             self.in_flight_timeout_s,
             self.hysteresis,

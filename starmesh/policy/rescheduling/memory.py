@@ -29,14 +29,16 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class CoolDown:
-    """A move that ended. Until ``until_s`` the sequence rests and its ends keep their direction; ``failures`` counts
-    failed moves in a row, 0 after one that succeeded."""
+    """A move that ended. The sequence rests until ``until_s``, and its ends keep their direction until ``settled_s``: 0
+    for one that failed, which has moved nothing. ``failures`` counts failed moves in a row, 0 after one that
+    succeeded."""
 
     request_id: str
     source: str
     target: str
     until_s: float
     failures: int = 0
+    settled_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class PlanMemory:
         if entry.estimate_s > 0:
             factor += 0.1 * (duration_s / entry.estimate_s - factor)
         low, high = _FACTOR_LIMITS
-        ended = self._ended(entry, now_s + config.cool_down_s)
+        ended = self._moved(entry, now_s, config)
         return replace(ended, transfer_factor=min(max(factor, low), high))
 
     def failed(self, request_id: str, *, now_s: float, config: ReschedulingConfig) -> PlanMemory:
@@ -76,7 +78,10 @@ class PlanMemory:
             return self
         failures = 1 + next((cool.failures for cool in self.cool_downs if cool.request_id == request_id), 0)
         rest_s = config.failure_cool_down_s * 2 ** min(failures - 1, _MOST_DOUBLINGS)
-        return self._ended(entry, now_s + rest_s, failures)
+        migration = entry.migration
+        return self._ended(
+            entry, CoolDown(migration.request_id, migration.source, migration.target, now_s + rest_s, failures)
+        )
 
     def withdrawn(self, request_id: str) -> PlanMemory:
         """A migration came to nothing by nobody's fault: it was not begun, or its sequence has ended. Changes nothing
@@ -99,21 +104,34 @@ class PlanMemory:
             migration = entry.migration
             epoch, instance_id = owners.get(migration.request_id, (0, ""))
             if epoch > migration.epoch and instance_id == migration.target:
-                memory = memory._ended(entry, now_s + config.cool_down_s)
+                memory = memory._moved(entry, now_s, config)
             elif now_s - entry.started_at_s >= config.in_flight_timeout_s:
                 memory = memory.failed(migration.request_id, now_s=now_s, config=config)
         # Failures are remembered as long again as they rested, so that the next one rests longer.
         longest_s = config.failure_cool_down_s * 2**_MOST_DOUBLINGS
-        kept = (cool for cool in memory.cool_downs if now_s < cool.until_s + (longest_s if cool.failures else 0.0))
+        kept = (
+            cool
+            for cool in memory.cool_downs
+            if now_s < max(cool.until_s, cool.settled_s) + (longest_s if cool.failures else 0.0)
+        )
         return replace(memory, cool_downs=tuple(kept))
 
     def _find(self, request_id: str) -> InFlight | None:
         return next((entry for entry in self.in_flight if entry.migration.request_id == request_id), None)
 
-    def _ended(self, entry: InFlight, until_s: float, failures: int = 0) -> PlanMemory:
+    def _moved(self, entry: InFlight, now_s: float, config: ReschedulingConfig) -> PlanMemory:
         migration = entry.migration
-        cool = CoolDown(migration.request_id, migration.source, migration.target, until_s, failures)
-        others = (known for known in self.cool_downs if known.request_id != migration.request_id)
+        cool = CoolDown(
+            migration.request_id,
+            migration.source,
+            migration.target,
+            until_s=now_s + config.cool_down_s,
+            settled_s=now_s + config.settle_s,
+        )
+        return self._ended(entry, cool)
+
+    def _ended(self, entry: InFlight, cool: CoolDown) -> PlanMemory:
+        others = (known for known in self.cool_downs if known.request_id != cool.request_id)
         return replace(
             self,
             in_flight=tuple(known for known in self.in_flight if known != entry),

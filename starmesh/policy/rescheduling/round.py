@@ -14,7 +14,7 @@ import numpy as np
 from starmesh.policy.forecast import Integers
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.policy.rescheduling.measure import Booleans, Floats, Group
-from starmesh.policy.rescheduling.memory import CoolDown, InFlight, PlanMemory
+from starmesh.policy.rescheduling.memory import InFlight, PlanMemory
 from starmesh.policy.rescheduling.outcome import SequenceSkip, SkippedSequences
 from starmesh.types import Migration, MigrationReason
 
@@ -217,7 +217,7 @@ class Round:
         out, into = np.maximum(out, group.outgoing), np.maximum(into, group.incoming)
         for cool in memory.cool_downs:
             for name, directed in ((cool.source, sends), (cool.target, receives)):
-                if name in group.index and self._holds(cool):
+                if name in group.index and self.now_s < cool.settled_s:
                     directed[group.index[name]] = True
         return Ends(
             sending_slots=config.max_in_flight_per_source - out,
@@ -225,10 +225,6 @@ class Round:
             sends=sends | (out > 0),
             receives=receives | (into > 0),
         )
-
-    def _holds(self, cool: CoolDown) -> bool:
-        """Whether the ends of a past move keep their direction; a failed one has moved nothing."""
-        return self.now_s < cool.until_s and cool.failures == 0
 
     def _fit_targets(self, memory: PlanMemory) -> Booleans:
         """Ready, without a queue, and not failing."""
