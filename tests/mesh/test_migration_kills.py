@@ -83,7 +83,7 @@ async def test_kill_9_at_states_of_a_migration(tiny_model_dir: Path, tmp_path: P
         recoveries, moved = 0, 0
         for point, seed in chosen():
             try:
-                answers, moves = await _kill(mesh, wave, point, random.Random(seed))
+                answers, moves = await _kill(mesh, wave, point, random.Random(f"{point}/{seed}"))
             except Exception as error:
                 module = "tests/mesh/test_migration_kills.py"
                 error.add_note(f"run it alone: STARMESH_TEST_KILLS={point}/{seed} python -m pytest {module}")
