@@ -3,6 +3,7 @@ instances are peers in this process); and one that moves requests between real e
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from services.rescheduler.replay import replay
@@ -16,7 +17,7 @@ from tests.policy.decoding import sequence
 from tests.rescheduler.peers import Peer
 
 LEASE_S = 2.0
-LONG_TOKENS, SHORT_TOKENS = 600, 8
+LONG_TOKENS = 1500
 SEQUENCES = tuple(sequence(f"s{number}", 400) for number in range(12))
 
 
@@ -35,29 +36,58 @@ async def test_a_standby_takes_over_from_a_leader_that_was_killed(tmp_path: Path
                 await ledger.close()
 
 
-async def test_long_requests_move_off_the_instance_that_got_them_all(tiny_model_dir: Path, tmp_path: Path) -> None:
-    async with Mesh(tmp_path, tiny_model_dir) as mesh:
-        await mesh.start_all(
-            prefill=1, decode=2, flags=("--kv-memory-mib", "16"), router_flags=("--dispatch-policy", "round_robin")
-        )
-        rescheduler = await start(mesh, "rescheduler")
-        lengths = [LONG_TOKENS, SHORT_TOKENS] * 4
-        messages = [
-            request(f"Tell story {number}.", max_output_tokens=length, ignore_eos=True)
-            for number, length in enumerate(lengths)
+async def test_requests_move_to_an_instance_that_comes_later(tiny_model_dir: Path, tmp_path: Path) -> None:
+    async with Receiver() as receiver:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        async with Mesh(tmp_path, tiny_model_dir, environment, forked=True) as mesh:
+            await long_requests_move(mesh)
+            await moves_link_to_their_rounds(receiver)
+
+
+async def long_requests_move(mesh: Mesh) -> None:
+    flags = ("--kv-memory-mib", "64")
+    await mesh.start_all(prefill=1, decode=1, flags=flags)
+    rescheduler = await start(mesh, "rescheduler")
+    messages = [request(f"Tell story {number}.", max_output_tokens=LONG_TOKENS, ignore_eos=True) for number in range(6)]
+    begun = asyncio.Event()
+    running = asyncio.create_task(
+        generate_all(mesh.inference(), messages, on_token=lambda tokens: begun.set() if tokens > 20 else None)
+    )
+    await asyncio.wait_for(begun.wait(), 60)
+    # It finds them all on the other.
+    await mesh.start("decode", "decode-1", *flags)
+    answers = await running
+    assert [len(answer.token_ids) for answer in answers] == [LONG_TOKENS] * len(messages)
+
+    async def arrived() -> int:
+        return sum(instance.load.migrated_sequences for instance in await mesh.instances())
+
+    await until(arrived, "a report of a sequence that moved", describe=rescheduler.log.read_text)
+    await mesh.settled()
+    rescheduler.terminate()
+    assert await rescheduler.process.wait() == 0
+    found = replay(mesh.directory / "rescheduler.rounds")
+    assert found.difference == "" and found.migrations >= 1
+
+
+async def moves_link_to_their_rounds(receiver: Receiver) -> None:
+    """A move is in the trace of its request, and linked to the trace of the round that decided it."""
+
+    def linked() -> bool:
+        traces = {trace_id: {span.name for span in spans} for trace_id, spans in list(receiver.traces.items())}
+        moves = [
+            (trace_id, span.links)
+            for trace_id, spans in list(receiver.traces.items())
+            for span in spans
+            if span.name == names.SPAN_MIGRATION_SOURCE
         ]
-        answers = await generate_all(mesh.inference(), messages)
-        assert [len(answer.token_ids) for answer in answers] == lengths
+        return any(
+            names.SPAN_GENERATE in traces[trace_id] and names.SPAN_ROUND in traces.get(link, ())
+            for trace_id, links in moves
+            for link in links
+        )
 
-        async def arrived() -> int:
-            return sum(instance.load.migrated_sequences for instance in await mesh.instances())
-
-        await until(arrived, "a report of a sequence that moved", describe=rescheduler.log.read_text)
-        await mesh.settled()
-        rescheduler.terminate()
-        assert await rescheduler.process.wait() == 0
-        found = replay(tmp_path / "rescheduler.rounds")
-        assert found.difference == "" and found.migrations >= 1
+    await until(linked, "a move linked to its round")
 
 
 async def take_turns(mesh: Mesh, ledger: RedisLedger, receiver: Receiver, source: Peer) -> None:
