@@ -187,7 +187,11 @@ class Client:
         epoch = stream.spec.epoch + 1
         told = await self._migrate(stream, target)
         if told[-1][1].stage != decode_pb2.MIGRATION_STAGE_MOVED:
-            raise MoveFailed(f"{stream.spec.request_id} from {stream.member.name} to {target.name}: {told[-1][1]}")
+            stages = ", ".join(
+                f"{decode_pb2.MigrationStage.Name(one.stage)} after {at_s - told[0][0]:.3f} s" for at_s, one in told
+            )
+            cause = decode_pb2.MigrationCause.Name(told[-1][1].cause)
+            raise MoveFailed(f"from {stream.member.name} to {target.name}: {cause}; {stages}")
         while epoch not in stream.begins:
             await stream.until(len(stream.token_ids) + 1)
         await self._ledger.renew({stream.spec.request_id: stream.spec.epoch}, ttl_s=TTL_S)
