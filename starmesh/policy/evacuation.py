@@ -26,8 +26,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, SequenceSkip, SkippedSequences
 from starmesh.policy.rescheduling.measure import Foresight, measure, reported_owners, usable_instances
 from starmesh.policy.rescheduling.relief import empty, unburden
@@ -64,9 +62,7 @@ def relief_plan(
     ranks = {request_id: rank for rank, request_id in enumerate(preempted_first)}
 
     def choose(round_: Round, source: int) -> None:
-        names = round_.group.sequences.request_ids
-        order = np.array([ranks.get(name, len(ranks)) for name in names], dtype=np.int64)
-        unburden(round_, source, steps, order, urgent=True)
+        unburden(round_, source, steps, ranks, urgent=True)
 
     return _decide(view, instance_id, load, memory, config, name="relief", state=InstanceState.READY, choose=choose)
 

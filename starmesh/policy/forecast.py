@@ -47,7 +47,7 @@ def sum_at(tokens: Integers, remaining: Integers, steps: Integers, owner: Intege
     Exact below 2**53 tokens an owner.
     """
     known = remaining != UNKNOWN
-    lasts = np.where(known, np.searchsorted(steps, remaining, side="right"), len(steps))
+    lasts = np.where(known, np.count_nonzero(remaining >= steps[:, None], axis=0), len(steps))
     width = len(steps) + 1
     key = owner * width + lasts
     held = np.bincount(key, weights=tokens, minlength=count * width).reshape(count, width)

@@ -57,12 +57,14 @@ class Foresight(Enum):
 class Sequences:
     """The sequences of a group, arrays [sequences].
 
-    ``owner`` is the row of the instance that reports it, ``tokens`` are prompt and output, ``limit`` is what it may
-    still generate at most. ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always bounds it: without
-    one, the limit does, since memory must hold whatever may come.
+    ``owner`` is the row of the instance that reports it, ``first_row`` [instances + 1] delimits the instances' rows,
+    ``names`` [instances] are their request ids: most are never asked for. ``tokens`` are prompt and output, ``limit``
+    is what it may still generate at most. ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always
+    bounds it: without one, the limit does, since memory must hold whatever may come.
     """
 
-    request_ids: list[str]
+    names: list[tuple[str, ...]]
+    first_row: Integers
     owner: Integers
     epochs: Integers
     tokens: Integers
@@ -72,9 +74,21 @@ class Sequences:
     upper: Integers
     limit: Integers
 
+    def name(self, row: int) -> str:
+        """The request id of a row."""
+        owner = int(self.owner[row])
+        return self.names[owner][row - int(self.first_row[owner])]
+
     def rows_named(self, names: Collection[str]) -> list[int]:
         """The rows of these requests; one that moves may be reported at both ends."""
-        return [row for row, name in enumerate(self.request_ids) if name in names] if names else []
+        every = chain.from_iterable(self.names) if names else ()
+        return [row for row, name in enumerate(every) if name in names]
+
+    def of(self, instances: Integers) -> tuple[Integers, Integers]:
+        """The rows that these report, one instance after the other, and where in that each one's begin."""
+        counts = np.diff(self.first_row)[instances]
+        begins = np.cumsum(counts) - counts
+        return np.arange(counts.sum()) + np.repeat(self.first_row[instances] - begins, counts), begins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +96,9 @@ class Group:
     """Instances of one layout, arrays [instances], and their sequences.
 
     ``loads`` [instances, samples] sums what the sequences weigh and what is reserved; whole numbers, ``scale`` times
-    tokens, so that no order of instances or sequences shows in a last bit. ``capacity`` is in tokens, ``first_row``
-    [instances + 1] delimits the instances' sequences, ``incoming`` and ``outgoing`` are the migrations that they
-    report. ``steps`` [samples] and ``bins`` are where loads and memory are looked at.
+    tokens, so that no order of instances or sequences shows in a last bit. ``capacity`` is in tokens, ``incoming`` and
+    ``outgoing`` are the migrations that they report. ``steps`` [samples] and ``bins`` are where loads and memory are
+    looked at.
     """
 
     config: ReschedulingConfig
@@ -95,7 +109,6 @@ class Group:
     ids: tuple[str, ...]
     index: dict[str, int]
     sequences: Sequences
-    first_row: Integers
     loads: Integers
     scale: int
     ready: Booleans
@@ -119,13 +132,6 @@ class Group:
         """What these sequences may hold at most in each bin of the horizon, [rows, bins]."""
         known = self.sequences
         return peak_tokens(known.tokens[rows], known.upper[rows], self.bins, self.layout.block_tokens)
-
-    def rows_at(self, instances: Integers) -> tuple[Integers, Integers]:
-        """The sequences that these report, one instance after the other, and where in that each one's begin."""
-        counts = np.diff(self.first_row)[instances]
-        ends = np.cumsum(counts)
-        begins = ends - counts
-        return np.arange(counts.sum()) + np.repeat(self.first_row[instances] - begins, counts), begins
 
     @property
     def predicted(self) -> bool:
@@ -173,7 +179,7 @@ def reported_owners(groups: list[Group], remembered: list[list[int]]) -> dict[st
         known = group.sequences
         for row in rows:
             reported = int(known.epochs[row]), group.ids[known.owner[row]]
-            name = known.request_ids[row]
+            name = known.name(row)
             owners[name] = max(owners.get(name, (0, "")), reported)
     return owners
 
@@ -190,8 +196,8 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     places = np.array([instance.info.max_sequences or _ENDLESS for instance in instances], dtype=np.int64)
     reserving = np.array([len(instance.reservations) for instance in instances], dtype=np.int64)
     reserved = np.array([sum(r.tokens for r in instance.reservations) for instance in instances], dtype=np.int64)
-    sequences, first_row = _sequences(loads, longest, config, foresight)
-    own_blocks = _sum_rows(-(-sequences.resident // layout.block_tokens), first_row)
+    sequences = _sequences(loads, longest, config, foresight)
+    own_blocks = _sum_rows(-(-sequences.resident // layout.block_tokens), sequences.first_row)
     # All blocks but the watermark and those held for others, pullers and arriving sequences.
     usable = np.floor(total * (1 - config.watermark)).astype(np.int64) - np.maximum(total - free - own_blocks, 0)
     steps = sample_steps(config.horizon_steps, config.sample_count)
@@ -205,16 +211,15 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
         ids=tuple(instance.info.instance_id for instance in instances),
         index={instance.info.instance_id: row for row, instance in enumerate(instances)},
         sequences=sequences,
-        first_row=first_row,
         # What is dispatched but not reported yet counts as staying: nothing is known of its length.
-        loads=_loads(sequences, first_row, steps, config, foresight) + (scale * reserved)[:, None],
+        loads=_loads(sequences, steps, config, foresight) + (scale * reserved)[:, None],
         scale=scale,
         ready=np.array([instance.info.state is InstanceState.READY for instance in instances], dtype=np.bool_),
         waiting=waiting,
         reserved=reserved,
         capacity=usable * layout.block_tokens - reserved,
         longest=longest,
-        free_places=places - np.maximum(running + waiting, np.diff(first_row)) - reserving,
+        free_places=places - np.maximum(running + waiting, np.diff(sequences.first_row)) - reserving,
         incoming=incoming,
         outgoing=outgoing,
         step_s=np.array(
@@ -225,8 +230,8 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
 
 def _sequences(
     loads: list[InstanceLoad], longest: Integers, config: ReschedulingConfig, foresight: Foresight
-) -> tuple[Sequences, Integers]:
-    """What is known of the sequences, and where each instance's begin."""
+) -> Sequences:
+    """What is known of the sequences."""
     reports = [SequenceLoads.of(load.sequences) for load in loads]
     epochs, prompt, output, resident, most, median, quantile, age = (
         np.frombuffer(b"".join([report.columns[at] for report in reports]), dtype=np.int64) for at in range(len(COUNTS))
@@ -242,8 +247,9 @@ def _sequences(
         believed = (median > 0) & (age <= config.max_prediction_age_tokens)
         remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
         upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
-    sequences = Sequences(
-        request_ids=list(chain.from_iterable([report.request_ids for report in reports])),
+    return Sequences(
+        names=[report.request_ids for report in reports],
+        first_row=np.concatenate(([0], np.cumsum(counts))),
         owner=owner,
         epochs=epochs,
         tokens=tokens,
@@ -254,17 +260,14 @@ def _sequences(
         upper=upper,
         limit=limit,
     )
-    return sequences, np.concatenate(([0], np.cumsum(counts)))
 
 
-def _loads(
-    sequences: Sequences, first_row: Integers, steps: Integers, config: ReschedulingConfig, foresight: Foresight
-) -> Integers:
+def _loads(sequences: Sequences, steps: Integers, config: ReschedulingConfig, foresight: Foresight) -> Integers:
     """The sum of ``Group.weights`` for each instance, [instances, samples]."""
     if foresight is Foresight.RESOLVED:
         weighed = sequences.tokens + config.cost.sequence_tokens
-        return sum_at(weighed, sequences.remaining, steps, sequences.owner, len(first_row) - 1)
-    return _sum_rows(_weight(sequences.tokens, sequences.remaining, config, foresight), first_row)[:, None]
+        return sum_at(weighed, sequences.remaining, steps, sequences.owner, len(sequences.names))
+    return _sum_rows(_weight(sequences.tokens, sequences.remaining, config, foresight), sequences.first_row)[:, None]
 
 
 def _weight(tokens: Integers, remaining: Integers, config: ReschedulingConfig, foresight: Foresight) -> Integers:

@@ -7,6 +7,8 @@ least.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from starmesh.policy.forecast import Integers, sample_steps, tokens_at
@@ -41,7 +43,7 @@ def relieve(round_: Round) -> None:
     """Move sequences away from instances that would otherwise preempt, as far as predicted by the median: the upper
     quantile would raise the alarm for most full instances, and a needless move costs the target room."""
     group, most = round_.group, round_.config.shortlist
-    counts = np.diff(group.first_row)
+    counts = np.diff(group.sequences.first_row)
     held = np.bincount(group.sequences.owner, weights=group.sequences.tokens, minlength=len(group.ids))
     # No sequence grows by more than the horizon, and then to the end of a block.
     doubt = held + counts * (group.config.horizon_steps + group.layout.block_tokens) - group.capacity
@@ -50,12 +52,14 @@ def relieve(round_: Round) -> None:
         unburden(round_, source, group.config.horizon_steps)
 
 
-def unburden(round_: Round, source: int, steps: int, ranks: Integers | None = None, *, urgent: bool = False) -> None:
+def unburden(
+    round_: Round, source: int, steps: int, ranks: Mapping[str, int] | None = None, *, urgent: bool = False
+) -> None:
     """Move the fewest sequences by which an instance holds the others over the next ``steps``; of those that spare
-    alike the one of the lowest rank (``ranks`` [sequences]), then the one with the least to move. What fits has no
-    reason to stay."""
+    alike the one of the lowest rank (by request id; one that is not in ``ranks`` comes last), then the one with the
+    least to move. What fits has no reason to stay."""
     group = round_.group
-    here, _ = group.rows_at(np.array([source]))
+    here, _ = group.sequences.of(np.array([source]))
     at = sample_steps(steps, group.config.sample_count)
     staying = np.concatenate((here[~round_.in_flight[here]], np.array(round_.incoming.get(source, []), dtype=np.int64)))
     excess = _held(round_, staying, at).sum(axis=0) - group.capacity[source]
@@ -63,10 +67,11 @@ def unburden(round_: Round, source: int, steps: int, ranks: Integers | None = No
         return
     movable = by_request_id(round_, amortised(round_, candidates(round_, np.array([source]), urgent=urgent)))
     tokens = _held(round_, movable, at)
+    known = ranks or {}
     while len(movable) > 0 and excess.max() > 0 and round_.ends.sending_slots[source] > 0 and round_.budget > 0:
         # What each would spare; no more counts than is needed.
         spared = excess.max() - np.maximum((excess[None, :] - tokens).max(axis=1), 0)
-        rank = np.zeros(len(movable), dtype=np.int64) if ranks is None else ranks[movable]
+        rank = np.array([known.get(group.sequences.name(row), len(known)) for row in movable.tolist()])
         order = np.lexsort((np.arange(len(movable)), group.sequences.tokens[movable], rank, -spared))
         targets = _roomiest(round_, source)
         for pick in order[spared[order] > 0].tolist():

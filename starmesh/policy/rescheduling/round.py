@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -107,7 +108,7 @@ class Round:
         missing = instances[~self._room_known[instances]]
         if len(missing) > 0:
             group = self.group
-            rows, begins = group.rows_at(missing)
+            rows, begins = group.sequences.of(missing)
             held = np.cumsum(np.vstack((np.zeros_like(self._room[:1]), group.peaks(rows))), axis=0)
             ends = np.append(begins[1:], len(rows))
             self._room[missing] = group.capacity[missing, None] - (held[ends] - held[begins])
@@ -169,8 +170,8 @@ class Round:
         known = group.sequences
         source = int(known.owner[row])
         rows = np.array([row])
-        self.room(np.array([target]))
-        self._room[target] -= group.peaks(rows)[0]
+        if self._room_known[target]:
+            self._room[target] -= group.peaks(rows)[0]
         self.incoming.setdefault(target, []).append(row)
         weight = group.weights(rows)[0]
         self.loads[source] -= weight
@@ -184,7 +185,7 @@ class Round:
         self.budget -= 1
         estimate_s = self.config.cost.transfer_s(int(known.resident[row]) * group.layout.token_bytes)
         migration = Migration(
-            known.request_ids[row], group.ids[source], group.ids[target], int(known.epochs[row]), reason, gain_tokens
+            known.name(row), group.ids[source], group.ids[target], int(known.epochs[row]), reason, gain_tokens
         )
         self.migrations.append(InFlight(migration, self.now_s, estimate_s))
 
@@ -194,16 +195,16 @@ class Round:
         rows = np.flatnonzero(self._reasons != _NONE)
         keys = group.sequences.owner[rows] * len(_REASONS) + self._reasons[rows]
         order = np.argsort(keys, kind="stable")
-        names = list(map(group.sequences.request_ids.__getitem__, rows[order].tolist()))
         keys = keys[order]
         begins = np.flatnonzero(np.diff(keys, prepend=-1))
-        ends = [*begins[1:].tolist(), len(names)]
-        return tuple(
-            SkippedSequences(
-                group.ids[key // len(_REASONS)], _REASONS[key % len(_REASONS)], frozenset(names[begin:end])
-            )
-            for key, begin, end in zip(keys[begins].tolist(), begins.tolist(), ends, strict=False)
-        )
+        places = (rows - group.sequences.first_row[group.sequences.owner[rows]])[order].tolist()
+        found: list[SkippedSequences] = []
+        for key, (begin, end) in zip(keys[begins].tolist(), pairwise([*begins.tolist(), len(rows)]), strict=True):
+            owner, reason = divmod(key, len(_REASONS))
+            names = group.sequences.names[owner]
+            staying = names if end - begin == len(names) else [names[place] for place in places[begin:end]]
+            found.append(SkippedSequences(group.ids[owner], _REASONS[reason], frozenset(staying)))
+        return tuple(found)
 
     def _ends(self, memory: PlanMemory) -> Ends:
         """What an instance reports beyond what the memory knows, someone else has started: it counts alike."""
@@ -242,7 +243,7 @@ class Round:
         moving = {entry.migration.request_id: entry.migration for entry in memory.in_flight}
         cooling = {cool.request_id: cool for cool in memory.cool_downs if self.now_s < cool.until_s}
         for row in remembered:
-            migration, cool = moving.get(known.request_ids[row]), cooling.get(known.request_ids[row])
+            migration, cool = moving.get(known.name(row)), cooling.get(known.name(row))
             if migration is not None:
                 self.in_flight[row] = True
                 target = group.index.get(migration.target)

@@ -45,7 +45,7 @@ def in_sequence_seconds(round_: Round) -> Worth:
     and the sequence itself misses about one step.
     """
     group, config = round_.group, round_.config
-    counts = np.diff(group.first_row)[group.ready]
+    counts = np.diff(group.sequences.first_row)[group.ready]
     count = max(1, int(counts.sum()))
     weight = int((group.loads[:, 0] - group.scale * group.reserved)[group.ready].sum()) / count
     steps = (config.horizon_steps + 1) / group.loads.shape[1]
@@ -65,15 +65,14 @@ class Moves:
 
     The drop of the sum of squared loads is 2 (n S_s - n n - n S_d), summed over t: the first two for each row, the last
     for each pair. In whole numbers, where sums and differences beyond 64 bits come out right if the drop fits. A move
-    changes its two ends, so only their parts are rated again, as long as they may still move: rows of one source lie
-    together.
+    changes its two ends, so only their parts are rated again: rows of one source lie together.
     """
 
     def __init__(self, round_: Round, worth: Worth, rows: Integers, targets: Integers) -> None:
         """``rows`` one source after the other."""
         group = round_.group
         self._round = round_
-        self._price = worth.price
+        self._price = 2 * worth.price
         self._rows = rows
         self._targets = targets
         self._columns = {target: column for column, target in enumerate(targets.tolist())}
@@ -87,7 +86,8 @@ class Moves:
         self._holds_whole = round_.holds_whole(rows, targets).T
         self._left = np.ones(len(rows), dtype=np.bool_)
         self._leaves = round_.senders()[self._sources]
-        self._gains = np.full((len(targets), len(rows)), -np.inf)
+        self._enters = round_.targets()[targets]
+        self._gains = np.empty((len(targets), len(rows)))
         """The worth of a move that is allowed and fits, or -inf."""
         self._look()
         self._rate(slice(None), slice(None))
@@ -99,38 +99,42 @@ class Moves:
         if most <= 0 or self._round.budget <= 0:
             return None
         found = [divmod(at, len(self._rows)) for at in np.flatnonzero(self._gains == most).tolist()]
-        ids = self._round.group.sequences.request_ids
-        column, row = min(found, key=lambda at: (ids[self._rows[at[1]]], self._targets[at[0]]))
+        name = self._round.group.sequences.name
+        column, row = min(found, key=lambda at: (name(self._rows[at[1]]), self._targets[at[0]]))
         drop = 2 * (int(self._leaving[row]) - int(self._entering[column, row]))
         return int(self._rows[row]), int(self._targets[column]), drop
 
     def taken(self, row: int, target: int) -> None:
-        """A move was made: rate its ends again."""
+        """A move was made: rate its ends again, or close them."""
         round_ = self._round
-        source = int(round_.group.sequences.owner[row])
-        self._left[self._rows == row] = False
-        self._leaves &= self._left
-        for end in (source, target):
+        moved = self._rows == row
+        self._left &= ~moved
+        self._leaves &= ~moved
+        for end in (int(round_.group.sequences.owner[row]), target):
             if end in self._spans:
                 span = self._spans[end]
-                self._gains[:, span] = -np.inf
-                self._leaves[span] &= round_.may_send(end)
                 if round_.may_send(end):
                     self._leaving[span] = self._leave(span)
                     self._rate(slice(None), span)
+                else:
+                    self._leaves[span] = False
+                    self._gains[:, span] = -np.inf
             if end in self._columns:
                 column = slice(self._columns[end], self._columns[end] + 1)
-                self._gains[column] = -np.inf
                 if round_.may_receive(end):
                     self._entering[column], self._fits[column] = self._enter(column)
                     self._rate(column, slice(None))
+                else:
+                    self._enters[column] = False
+                    self._gains[column] = -np.inf
 
     def explain(self) -> None:
         """Give those that stay their reasons."""
         self._look()
         round_, stay = self._round, self._left
-        drops = 2 * (self._leaving - self._entering)
-        helps = (drops * self._price > self._costs) & (self._sources != self._targets[:, None])
+        helps = ((self._leaving - self._entering) * self._price > self._costs) & (
+            self._sources != self._targets[:, None]
+        )
         round_.skip(self._rows[stay & ~helps.any(axis=0)], SequenceSkip.NO_GAIN)
         round_.skip(self._rows[stay & ~(helps & self._fits).any(axis=0)], SequenceSkip.NO_ROOM)
         round_.skip(self._rows[stay], SequenceSkip.BUDGET)
@@ -151,10 +155,8 @@ class Moves:
         return self._round.loads[targets] @ self._weights, has_room & self._holds_whole[columns]
 
     def _rate(self, columns: slice, rows: slice) -> None:
-        """Only where both ends may still take part."""
-        worth = 2 * (self._leaving[rows] - self._entering[columns, rows]) * self._price - self._costs[rows]
-        open_ = self._fits[columns, rows] & self._leaves[rows]
-        open_ &= self._round.targets()[self._targets[columns], None]
+        open_ = self._fits[columns, rows] & self._leaves[rows] & self._enters[columns, None]
+        worth = (self._leaving[rows] - self._entering[columns, rows]) * self._price - self._costs[rows]
         self._gains[columns, rows] = np.where(open_, worth, -np.inf)
 
 

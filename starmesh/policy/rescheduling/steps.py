@@ -38,7 +38,7 @@ def classify(round_: Round) -> Classes:
 
 def candidates(round_: Round, sources: Integers, *, urgent: bool = False) -> Integers:
     """The sequences of these instances that may move."""
-    return round_.screen(round_.group.rows_at(sources)[0], urgent=urgent)
+    return round_.screen(round_.group.sequences.of(sources)[0], urgent=urgent)
 
 
 def amortised(round_: Round, rows: Integers) -> Integers:
@@ -61,5 +61,4 @@ def remaining_or_limit(round_: Round, rows: Integers) -> Integers:
 
 def by_request_id(round_: Round, rows: Integers) -> Integers:
     """In the order of request ids, so that the first of equals is the one of the lowest id."""
-    ids = round_.group.sequences.request_ids
-    return np.array(sorted(rows.tolist(), key=ids.__getitem__), dtype=np.int64)
+    return np.array(sorted(rows.tolist(), key=round_.group.sequences.name), dtype=np.int64)
