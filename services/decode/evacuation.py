@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from opentelemetry.context import Context
@@ -44,6 +44,9 @@ class Evacuator:
         self._migrator = migrator
         self._config = config
         self._memory = PlanMemory()
+        # What became of migrations since the last plan was begun, as many at most as were under way then. Not noted in
+        # the memory at once: a plan that is being made replaces that.
+        self._endings: list[Callable[[PlanMemory], PlanMemory]] = []
         self._clock = WallClock()
         self._ledger_ahead_s = 0.0  # the ledger's clock less ours, as of the last view
         self._looking = False
@@ -74,6 +77,9 @@ class Evacuator:
         try:
             view = await self._instance.ledger.view()
             self._ledger_ahead_s = view.now_s - self._clock.now_s()
+            endings, self._endings = self._endings, []
+            for remember in endings:
+                self._memory = remember(self._memory)
             plan = await self._plan(view, load)
             self._memory = plan.memory
             if plan.migrations:
@@ -138,10 +144,12 @@ class Evacuator:
         if progress.moved:
             duration_s = self._clock.now_s() - started_s
             log.info("moved %s to %s (%s)", request_id, migration.target, migration.reason.value)
-            self._memory = self._memory.succeeded(request_id, duration_s=duration_s, now_s=now_s, config=config)
+            self._endings.append(
+                lambda memory: memory.succeeded(request_id, duration_s=duration_s, now_s=now_s, config=config)
+            )
         elif progress.cause in _GONE:
-            self._memory = self._memory.withdrawn(request_id)
+            self._endings.append(lambda memory: memory.withdrawn(request_id))
         else:
             why = progress.refusal or progress.cause
             log.info("%s stays: %s", request_id, why.value if why is not None else progress.state.name)
-            self._memory = self._memory.failed(request_id, now_s=now_s, config=config)
+            self._endings.append(lambda memory: memory.failed(request_id, now_s=now_s, config=config))

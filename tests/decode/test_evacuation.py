@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from services.decode import evacuation
 from services.decode.config import EvacuationConfig
 from services.decode.evacuation import Evacuator
-from starmesh.types import FinishReason, InstanceState
-from tests.decode.cluster import LIMITS, Cluster, Request, running_cluster
-from tests.instance.running import spec, until
+from starmesh.policy.evacuation import drain_plan
+from starmesh.policy.rescheduling import Plan, PlanMemory
+from starmesh.types import ClusterView, FinishReason, InstanceLoad, InstanceState
+from tests.decode.cluster import LIMITS, Cluster, Hold, Request, running_cluster
+from tests.instance.running import PATIENCE_S, spec, until
 
 
 @asynccontextmanager
@@ -121,3 +126,33 @@ async def test_sequences_move_away_before_any_is_preempted(evacuates: bool) -> N
         load = await cluster.decode["A"].instance.load()
         assert (load.preemptions == 0) == evacuates
         assert any(request.moves for request in requests) == evacuates
+
+
+async def test_what_fails_while_a_plan_is_made_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    planning, planned = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow_plan(view: ClusterView, instance_id: str, load: InstanceLoad, memory: PlanMemory, config: Any) -> Plan:
+        plan = drain_plan(view, instance_id, load, memory, config)
+        if memory.in_flight:
+            loop.call_soon_threadsafe(planning.set)
+            planned.wait(PATIENCE_S)
+        return plan
+
+    monkeypatch.setattr(evacuation, "drain_plan", slow_plan)
+    async with evacuating_cluster("AB", limits=replace(LIMITS, reserve_s=0.3)) as cluster:
+        await pace(cluster, 0.05)
+        requests = await start(cluster, 2, limit=200)
+        unanswered = Hold(cluster.worker("B").migrator.incoming, "reserve")
+        await cluster.decode["A"].instance.drain()
+        await asyncio.wait_for(planning.wait(), PATIENCE_S)
+
+        async def failed() -> bool:
+            return not cluster.worker("A").migrator.counts().outgoing
+
+        await until(failed)
+        unanswered.open.set()
+        planned.set()
+        await until_drained(cluster, "A")
+        assert all(request.moves for request in requests)
+        await check(cluster, requests)
