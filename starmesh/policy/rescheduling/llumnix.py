@@ -47,7 +47,7 @@ def pair_by_freeness(round_: Round) -> None:
         elif not round_.fits(np.array([row]), np.array([target]))[0, 0]:
             round_.skip(rows, SequenceSkip.NO_ROOM)
         else:
-            round_.move(row, target, MigrationReason.LOAD, gain)
+            round_.move(round_.mover(row), target, MigrationReason.LOAD, gain)
             round_.skip(rows[rows != row], SequenceSkip.BUDGET)
     round_.skip(candidates(round_, sources[len(targets) :]), SequenceSkip.NO_TARGET)
 

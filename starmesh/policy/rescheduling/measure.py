@@ -195,7 +195,9 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     longest = np.array([instance.info.max_sequence_tokens or _ENDLESS for instance in instances], dtype=np.int64)
     places = np.array([instance.info.max_sequences or _ENDLESS for instance in instances], dtype=np.int64)
     reserving = np.array([len(instance.reservations) for instance in instances], dtype=np.int64)
-    reserved = np.array([sum(r.tokens for r in instance.reservations) for instance in instances], dtype=np.int64)
+    reserved = np.array(
+        [instance.reserved_tokens if instance.reservations else 0 for instance in instances], dtype=np.int64
+    )
     sequences = _sequences(loads, longest, config, foresight)
     own_blocks = _sum_rows(-(-sequences.resident // layout.block_tokens), sequences.first_row)
     # All blocks but the watermark and those held for others, pullers and arriving sequences.

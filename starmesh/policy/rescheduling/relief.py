@@ -13,7 +13,7 @@ import numpy as np
 
 from starmesh.policy.forecast import Integers, sample_steps, tokens_at
 from starmesh.policy.rescheduling.outcome import SequenceSkip
-from starmesh.policy.rescheduling.round import Round
+from starmesh.policy.rescheduling.round import Mover, Round
 from starmesh.policy.rescheduling.steps import amortised, by_request_id, candidates, remaining_or_limit
 from starmesh.types import MigrationReason
 
@@ -34,9 +34,10 @@ def empty(round_: Round, source: int) -> None:
         if round_.budget <= 0 or round_.ends.sending_slots[source] <= 0:
             round_.skip(np.array([row]), SequenceSkip.BUDGET)
             continue
-        target = _place(round_, row, np.flatnonzero(round_.targets(urgent=True)))
+        mover = round_.mover(row)
+        target = _place(round_, mover, np.flatnonzero(round_.targets(urgent=True)))
         if target is not None:
-            round_.move(row, target, MigrationReason.DRAIN, float(group.sequences.tokens[row]))
+            round_.move(mover, target, MigrationReason.DRAIN, float(group.sequences.tokens[row]))
 
 
 def relieve(round_: Round) -> None:
@@ -75,9 +76,10 @@ def unburden(
         order = np.lexsort((np.arange(len(movable)), group.sequences.tokens[movable], rank, -spared))
         targets = _roomiest(round_, source)
         for pick in order[spared[order] > 0].tolist():
-            target = _place(round_, int(movable[pick]), targets)
+            mover = round_.mover(int(movable[pick]))
+            target = _place(round_, mover, targets)
             if target is not None:
-                round_.move(int(movable[pick]), target, MigrationReason.MEMORY, float(spared[pick]))
+                round_.move(mover, target, MigrationReason.MEMORY, float(spared[pick]))
                 excess = excess - tokens[pick]
                 movable, tokens = np.delete(movable, pick), np.delete(tokens, pick, axis=0)
                 break
@@ -106,15 +108,15 @@ def _roomiest(round_: Round, source: int) -> Integers:
     return targets[: round_.config.shortlist]
 
 
-def _place(round_: Round, row: int, targets: Integers) -> int | None:
+def _place(round_: Round, mover: Mover, targets: Integers) -> int | None:
     """Of these the target with room whose load suffers least; None, with a reason, where there is none."""
-    group, most = round_.group, round_.config.shortlist
-    rows = np.array([row])
-    targets = np.sort(targets[targets != group.sequences.owner[row]])
+    most = round_.config.shortlist
+    rows = np.array([mover.row])
+    targets = np.sort(targets[targets != round_.group.sequences.owner[mover.row]])
     if len(targets) == 0:
         round_.skip(rows, SequenceSkip.NO_TARGET)
         return None
-    suffers = round_.loads[targets] @ group.weights(rows)[0]
+    suffers = round_.loads[targets] @ mover.weight
     targets = targets[np.argsort(suffers, kind="stable")]
     # Most find room at once: only for the others that of all targets is looked at.
     for some in (targets[:most], targets[most:]):

@@ -35,6 +35,15 @@ class Ends:
     """Likewise targets: they send nothing."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Mover:
+    """A sequence that may move, its ``weight`` [samples] and its ``peaks`` [bins]."""
+
+    row: int
+    weight: Integers
+    peaks: Integers
+
+
 class Round:
     """Working state over ``group``. ``loads`` [instances, samples] counts sequences in flight at their target;
     ``budget`` is how many migrations may still start, ``in_flight`` [sequences] marks those of earlier rounds.
@@ -164,18 +173,21 @@ class Round:
                 may &= ~obstacle
         return rows[may]
 
-    def move(self, row: int, target: int, reason: MigrationReason, gain_tokens: float) -> None:
+    def mover(self, row: int) -> Mover:
+        """A sequence with what it brings along."""
+        rows = np.array([row])
+        return Mover(row, self.group.weights(rows)[0], self.group.peaks(rows)[0])
+
+    def move(self, mover: Mover, target: int, reason: MigrationReason, gain_tokens: float) -> None:
         """Choose a move: its load counts at the target, its memory at both ends until it is done."""
-        group = self.group
+        group, row = self.group, mover.row
         known = group.sequences
         source = int(known.owner[row])
-        rows = np.array([row])
         if self._room_known[target]:
-            self._room[target] -= group.peaks(rows)[0]
+            self._room[target] -= mover.peaks
         self.incoming.setdefault(target, []).append(row)
-        weight = group.weights(rows)[0]
-        self.loads[source] -= weight
-        self.loads[target] += weight
+        self.loads[source] -= mover.weight
+        self.loads[target] += mover.weight
         self._moved[row] = True
         self._reasons[row] = _NONE
         self.ends.sending_slots[source] -= 1

@@ -17,7 +17,7 @@ import numpy as np
 from starmesh.policy.forecast import Integers
 from starmesh.policy.rescheduling.measure import Booleans, Floats
 from starmesh.policy.rescheduling.outcome import SequenceSkip
-from starmesh.policy.rescheduling.round import Round
+from starmesh.policy.rescheduling.round import Mover, Round
 from starmesh.policy.rescheduling.steps import amortised, candidates, classify
 from starmesh.types import MigrationReason
 
@@ -92,9 +92,9 @@ class Moves:
         self._look()
         self._rate(slice(None), slice(None))
 
-    def best(self) -> tuple[int, int, int] | None:
-        """The row in the group, the target and the drop of the move that is worth most, of equals that of the lowest
-        request id and then target id; None if none is worth it."""
+    def best(self) -> tuple[Mover, int, int] | None:
+        """The sequence, the target and the drop of the move that is worth most, of equals that of the lowest request
+        id and then target id; None if none is worth it."""
         most = self._gains.max(initial=0.0)
         if most <= 0 or self._round.budget <= 0:
             return None
@@ -102,7 +102,8 @@ class Moves:
         name = self._round.group.sequences.name
         column, row = min(found, key=lambda at: (name(self._rows[at[1]]), self._targets[at[0]]))
         drop = 2 * (int(self._leaving[row]) - int(self._entering[column, row]))
-        return int(self._rows[row]), int(self._targets[column]), drop
+        mover = Mover(int(self._rows[row]), self._weights[:, row], self._peaks[:, row])
+        return mover, int(self._targets[column]), drop
 
     def taken(self, row: int, target: int) -> None:
         """A move was made: rate its ends again, or close them."""
@@ -180,12 +181,12 @@ def level(round_: Round, worth: Worth, most_moves: int) -> None:
         best = moves.best()
         if best is None:
             break
-        row, target, drop = best
+        mover, target, drop = best
         left = max(variance - drop / size, 0.0)
         # As a quotient: the difference of two roots could round to 0.
         gain = drop / size / (math.sqrt(variance) + math.sqrt(left)) / round_.group.scale
-        round_.move(row, target, reason, gain)
-        moves.taken(row, target)
+        round_.move(mover, target, reason, gain)
+        moves.taken(mover.row, target)
         variance = left
     moves.explain()
     round_.skip(rows[~here], SequenceSkip.BUDGET)
