@@ -1,6 +1,6 @@
 """Settings of a decode instance."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import Field
 
@@ -33,8 +33,8 @@ class EvacuationConfig:
     """How an instance rids itself of sequences.
 
     ``relief_horizon_s`` is how far ahead it sees to it that its blocks suffice: about two migrations of a second each,
-    since what leaves later is preempted before it has gone. ``rescheduling`` bounds moves and targets; after a failure
-    a sequence rests for a second only, because a drain has no more than its grace period.
+    since what leaves later is preempted before it has gone. ``rescheduling`` bounds moves and targets; after a first
+    failure a sequence rests for a second only, because a drain has no more than its grace period.
     """
 
     relief_horizon_s: float = 2.0
@@ -61,8 +61,10 @@ class DecodeSettings(EngineSettings):
 
     @property
     def evacuation(self) -> EvacuationConfig:
-        """What drains and shortages of blocks go by."""
-        return EvacuationConfig(relief_horizon_s=self.relief_horizon_s)
+        """What drains and shortages of blocks go by. With an instance that may move nothing away they ask in vain."""
+        config = EvacuationConfig(relief_horizon_s=self.relief_horizon_s)
+        moves = max(1, self.max_outgoing_migrations)
+        return replace(config, rescheduling=replace(config.rescheduling, max_in_flight_per_source=moves))
 
     @property
     def migrator(self) -> MigratorConfig:

@@ -1,0 +1,25 @@
+"""Settings: one limit of migrations away for all who ask for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.decode.config import MAX_MIGRATIONS, DecodeSettings, EvacuationConfig
+
+pytestmark = pytest.mark.fast
+
+
+def settings(*flags: str) -> DecodeSettings:
+    return DecodeSettings(_cli_parse_args=list(flags))
+
+
+def test_an_evacuation_moves_as_many_at_a_time_as_the_instance_may() -> None:
+    assert settings().evacuation == EvacuationConfig()
+    assert settings().evacuation.rescheduling.max_in_flight_per_source == MAX_MIGRATIONS
+    decided = settings("--max-outgoing-migrations", "7")
+    assert decided.evacuation.rescheduling.max_in_flight_per_source == decided.migrator.max_outgoing == 7
+
+
+def test_an_instance_that_may_move_nothing_away_still_starts() -> None:
+    assert settings("--max-outgoing-migrations", "0").migrator.max_outgoing == 0
+    assert settings("--max-outgoing-migrations", "0").evacuation.rescheduling.max_in_flight_per_source == 1
