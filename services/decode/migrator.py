@@ -27,10 +27,6 @@ class Migrator:
         how it ended. Raises StatusError, as ``OutgoingMigrations.begin``."""
         return self.outgoing.begin(asked)
 
-    def movable(self) -> tuple[str, ...]:
-        """The requests that could be moved now, in the order in which they came."""
-        return self.outgoing.movable()
-
     def counts(self) -> MigrationCounts:
         """For the instance's load."""
         return MigrationCounts(incoming=len(self.incoming), outgoing=len(self.outgoing), migrated=self.incoming.started)

@@ -56,14 +56,6 @@ class OutgoingMigrations:
         """How many are under way."""
         return len(self._migrations)
 
-    def movable(self) -> tuple[str, ...]:
-        """The requests that ``begin`` would move, were there a target and a place for them; the oldest first."""
-        return tuple(
-            request_id
-            for request_id, running in self._sequences.running.items()
-            if request_id not in self._migrations and _stays_for(running) is None
-        )
-
     def begin(self, asked: MoveAsked) -> SourceMigration:
         """Begin a migration, or return the one under way for the same request, epoch and target.
 
