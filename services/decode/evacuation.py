@@ -22,7 +22,7 @@ from services.decode.outgoing import MoveAsked
 from starmesh.clock import WallClock
 from starmesh.instance.instance import Instance
 from starmesh.ledger import LedgerError
-from starmesh.migration.terms import Cause
+from starmesh.migration.terms import GONE
 from starmesh.policy.evacuation import drain_plan, relief_plan
 from starmesh.policy.rescheduling import Plan, PlanMemory
 from starmesh.rpc.status import StatusError
@@ -31,9 +31,6 @@ from starmesh.telemetry.setup import traceparent_of, tracer
 from starmesh.types import ClusterView, InstanceLoad, InstanceState, Migration
 
 log = logging.getLogger(__name__)
-
-# The sequence has ended: there is nothing left that could be tried again.
-_GONE = frozenset({Cause.FINISHED, Cause.CANCELLED, Cause.SUPERSEDED})
 
 
 class Evacuator:
@@ -147,7 +144,7 @@ class Evacuator:
             self._endings.append(
                 lambda memory: memory.succeeded(request_id, duration_s=duration_s, now_s=now_s, config=config)
             )
-        elif progress.cause in _GONE:
+        elif progress.cause in GONE:
             self._endings.append(lambda memory: memory.withdrawn(request_id))
         else:
             why = progress.refusal or progress.cause

@@ -11,6 +11,8 @@ from typing import Final
 
 import grpc
 
+from starmesh.migration.terms import GONE
+from starmesh.rpc import convert_migration
 from starmesh.rpc.status import StatusError
 from starmesh.types import Migration
 from starmesh.v1 import decode_pb2
@@ -20,12 +22,6 @@ _ENDS: Final = {
     decode_pb2.MIGRATION_STAGE_STAYED,
     decode_pb2.MIGRATION_STAGE_ENDED,
     decode_pb2.MIGRATION_STAGE_IN_DOUBT,
-}
-# The sequence has ended or begun anew elsewhere: there is nothing left that could rest.
-_GONE: Final = {
-    decode_pb2.MIGRATION_CAUSE_FINISHED,
-    decode_pb2.MIGRATION_CAUSE_CANCELLED,
-    decode_pb2.MIGRATION_CAUSE_SUPERSEDED,
 }
 # What a source says that has not begun the migration, or has given it up. After anything else it may be under way.
 _REFUSALS: Final = {
@@ -73,7 +69,7 @@ def of_progress(progress: decode_pb2.MigrateResponse) -> tuple[Outcome, str]:
         what += f": {_word(_name(decode_pb2.MigrationCause, progress.cause), 'MIGRATION_CAUSE_')}"
     if progress.refusal:
         what += f" ({_word(_name(decode_pb2.MigrationRefusal, progress.refusal), 'MIGRATION_REFUSAL_')})"
-    return (Outcome.GONE if progress.cause in _GONE else Outcome.FAILED), what
+    return (Outcome.GONE if convert_migration.cause(progress.cause) in GONE else Outcome.FAILED), what
 
 
 def of_status(status: StatusError, *, begun: bool) -> tuple[Outcome, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from starmesh.types import MigrationReason, Ownership
 
@@ -39,6 +40,10 @@ class Cause(Enum):
     CANCELLED = "cancelled"
     SUPERSEDED = "superseded"
     OWNER_UNKNOWN = "owner unknown"
+
+
+GONE: Final = frozenset({Cause.FINISHED, Cause.CANCELLED, Cause.SUPERSEDED})
+"""Causes after which there is nothing left to move: the sequence has ended, or begun anew elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
