@@ -104,10 +104,13 @@ async def _warm_up(router: RouterClient, decode: int) -> None:
 
 @asynccontextmanager
 async def _observing(router: RouterClient, moments: list[Moment]) -> AsyncIterator[None]:
-    """Add to ``moments`` while the context lasts."""
+    """Add to ``moments`` while the context lasts. Raises CliError at its end if the router has told nothing any more
+    before: what moved since then would be missing."""
     task = asyncio.create_task(_observe(router, moments))
     try:
         yield
+        if task.done():
+            raise CliError("the router stopped telling of its instances during the load; compare again")
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):

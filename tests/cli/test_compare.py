@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
+import grpc
+import grpc.aio
 import pytest
 from rich.console import Console, RenderableType
 
 from starmesh.cli.bench_report import Outcome, Report
-from starmesh.cli.compare import Moment, PolicyRun
+from starmesh.cli.compare import Moment, PolicyRun, _observing
 from starmesh.cli.compare_report import comparison, run_json
+from starmesh.cli.run import CliError
 from starmesh.cli.skewed_load import SkewedLoad
 from starmesh.cli.status import spread
+from starmesh.v1 import cluster_pb2
 
 pytestmark = pytest.mark.fast
 
@@ -61,3 +68,20 @@ def test_the_policies_stand_side_by_side_and_on_one_scale() -> None:
     assert "█" in lines["none"] and "█" not in lines["star_plus"]
     (moved,) = (line for line in shown.splitlines() if line.startswith("sequences moved"))
     assert moved.split()[-2:] == ["0", "0"]  # moves are counted from the first moment on
+
+
+async def test_a_run_that_was_not_seen_to_its_end_does_not_count() -> None:
+    told = asyncio.Event()
+
+    async def watch(_: cluster_pb2.WatchClusterRequest) -> AsyncIterator[cluster_pb2.WatchClusterResponse]:
+        yield cluster_pb2.WatchClusterResponse()
+        told.set()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+    router = SimpleNamespace(cluster=SimpleNamespace(WatchCluster=watch))
+    moments: list[Moment] = []
+    with pytest.raises(CliError, match="compare again"):
+        async with _observing(router, moments):  # type: ignore[arg-type]
+            await told.wait()
+            await asyncio.sleep(0)
+    assert len(moments) == 1
