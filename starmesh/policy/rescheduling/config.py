@@ -18,8 +18,9 @@ class ReschedulingConfig:
     cost: CostModel = LAPTOP_CPU
     """Measured on the machine, or a named profile."""
 
-    stale_after_s: float = 5.0
-    """Reports older than this are ignored. As in dispatch; our choice: some ten reports lost."""
+    stale_after_s: float = 2.0
+    """Reports older than this are ignored. Our choice: eight reports lost. Less than dispatch's, because a move towards
+    an instance that has died is a failure that makes its sequence rest."""
 
     horizon_steps: int = 512
     """How far ahead load and memory are looked at. The paper's is unknown; our choice: long beside a transfer and a
@@ -90,9 +91,10 @@ class ReschedulingConfig:
     """``llumnix`` moves away from instances with fewer free blocks per sequence. Its own default
     (``MIGRATE_OUT_THRESHOLD`` of the published code: 3.0 with blocks of 16 tokens)."""
 
-    shortlist: int = 16
+    shortlist: int = 12
     """So many of the most loaded sources and least loaded targets are compared pair by pair. Our choice: it bounds a
-    round's work in large clusters; among the rest no pair differs more."""
+    round's work in large clusters. Of 256 instances 16, 12 and 8 take 11.5, 10.8 and 9.6 % off the spread in a round of
+    16 moves, in 11.1, 9.5 and 8.6 ms; up to some 24 instances it leaves nobody out."""
 
     def __post_init__(self) -> None:
         whole = (

@@ -83,7 +83,7 @@ class Moves:
         # By sample and by bin: sums and comparisons run along the rows.
         self._weights = np.ascontiguousarray(group.weights(rows).T)
         self._peaks = np.ascontiguousarray(group.peaks(rows).T)
-        self._holds_whole = round_.holds_whole(rows, targets).T
+        self._holds_whole = np.ascontiguousarray(round_.holds_whole(rows, targets).T)
         self._left = np.ones(len(rows), dtype=np.bool_)
         self._leaves = round_.senders()[self._sources]
         self._enters = round_.targets()[targets]
@@ -153,7 +153,9 @@ class Moves:
     def _enter(self, columns: slice) -> tuple[Integers, Booleans]:
         targets = self._targets[columns]
         has_room = (self._peaks[:, None, :] <= self._round.room(targets).T[:, :, None]).all(axis=0)
-        return self._round.loads[targets] @ self._weights, has_room & self._holds_whole[columns]
+        # Of whole numbers einsum makes products faster than matmul does.
+        entering: Integers = np.einsum("ts,sr->tr", self._round.loads[targets], self._weights)
+        return entering, has_room & self._holds_whole[columns]
 
     def _rate(self, columns: slice, rows: slice) -> None:
         open_ = self._fits[columns, rows] & self._leaves[rows] & self._enters[columns, None]
