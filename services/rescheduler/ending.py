@@ -64,11 +64,11 @@ def of_progress(progress: decode_pb2.MigrateResponse) -> tuple[Outcome, str]:
         frozen_ms = progress.frozen_duration.ToMilliseconds()
         size_mb = progress.transfer_bytes / 1e6
         return Outcome.MOVED, f"moved: {size_mb:.1f} MB in {progress.rounds} rounds, standing still for {frozen_ms} ms"
-    what = _word(decode_pb2.MigrationStage.Name(progress.stage), "MIGRATION_STAGE_")
+    what = decode_pb2.MigrationStage.Name(progress.stage).removeprefix("MIGRATION_STAGE_").lower().replace("_", " ")
     if progress.cause:
-        what += f": {_word(_name(decode_pb2.MigrationCause, progress.cause), 'MIGRATION_CAUSE_')}"
+        what += f": {convert_migration.cause_words(progress.cause)}"
     if progress.refusal:
-        what += f" ({_word(_name(decode_pb2.MigrationRefusal, progress.refusal), 'MIGRATION_REFUSAL_')})"
+        what += f" ({convert_migration.refusal_words(progress.refusal)})"
     return (Outcome.GONE if convert_migration.cause(progress.cause) in GONE else Outcome.FAILED), what
 
 
@@ -79,15 +79,3 @@ def of_status(status: StatusError, *, begun: bool) -> tuple[Outcome, str] | None
     if status.code is grpc.StatusCode.NOT_FOUND:
         return (Outcome.FAILED if begun else Outcome.GONE), what
     return (Outcome.FAILED, what) if status.code in _REFUSALS else None
-
-
-def _name(kind: object, value: int) -> str:
-    """The name of an enum's value; of a newer peer's its number."""
-    try:
-        return str(kind.Name(value))  # type: ignore[attr-defined]
-    except ValueError:
-        return str(value)
-
-
-def _word(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).lower().replace("_", " ")

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from starmesh.cli.router import RouterClient
 from starmesh.cli.run import CliError
+from starmesh.rpc import convert_migration
 from starmesh.v1 import cluster_pb2, decode_pb2
 
 
@@ -42,7 +43,8 @@ def describe(response: cluster_pb2.MigrateSequenceResponse) -> str:
         case decode_pb2.MIGRATION_STAGE_TAKING_BACK:
             return f"{target} has not answered: {source} is taking it back"
         case decode_pb2.MIGRATION_STAGE_MOVED:
-            return f"moved to {target}: {copied} in {progress.rounds} rounds, standing still for {frozen_ms:.0f} ms"
+            rounds = f"{progress.rounds} round{'s' * (progress.rounds != 1)}"
+            return f"moved to {target}: {copied} in {rounds}, standing still for {frozen_ms:.0f} ms"
         case decode_pb2.MIGRATION_STAGE_STAYED:
             return f"goes on at {source}: {_why(progress)}"
         case decode_pb2.MIGRATION_STAGE_ENDED:
@@ -55,10 +57,5 @@ def describe(response: cluster_pb2.MigrateSequenceResponse) -> str:
 
 def _why(progress: decode_pb2.MigrateResponse) -> str:
     if progress.cause == decode_pb2.MIGRATION_CAUSE_REFUSED:
-        refusal = decode_pb2.MigrationRefusal.Name(progress.refusal).removeprefix("MIGRATION_REFUSAL_")
-        return f"{progress.target_instance_id} does not take it ({_words(refusal)})"
-    return _words(decode_pb2.MigrationCause.Name(progress.cause).removeprefix("MIGRATION_CAUSE_"))
-
-
-def _words(name: str) -> str:
-    return name.lower().replace("_", " ")
+        return f"{progress.target_instance_id} does not take it ({convert_migration.refusal_words(progress.refusal)})"
+    return convert_migration.cause_words(progress.cause) if progress.cause else "it was not said why"

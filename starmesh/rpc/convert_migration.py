@@ -87,3 +87,15 @@ def refusal_pb(refusal: Refusal | None) -> decode_pb2.MigrationRefusal.ValueType
 def refusal(value: decode_pb2.MigrationRefusal.ValueType) -> Refusal | None:
     """None when it is unspecified, too."""
     return _REFUSALS_BACK.get(value)
+
+
+def cause_words(value: decode_pb2.MigrationCause.ValueType) -> str:
+    """For people; a newer peer's as its number."""
+    known = cause(value)
+    return known.value if known is not None else str(int(value))
+
+
+def refusal_words(value: decode_pb2.MigrationRefusal.ValueType) -> str:
+    """As ``cause_words``."""
+    known = refusal(value)
+    return known.value if known is not None else str(int(value))

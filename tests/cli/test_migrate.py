@@ -43,3 +43,10 @@ def test_staying_says_why() -> None:
     assert describe(refused) == "goes on at decode-0: decode-1 does not take it (no room)"
     silent = progress(decode_pb2.MIGRATION_STAGE_STAYED, cause=decode_pb2.MIGRATION_CAUSE_TARGET_SILENT)
     assert describe(silent) == "goes on at decode-0: target silent"
+
+
+def test_a_newer_routers_reasons_are_numbers() -> None:
+    newer = progress(decode_pb2.MIGRATION_STAGE_STAYED, cause=99)
+    assert describe(newer) == "goes on at decode-0: 99"
+    refused = progress(decode_pb2.MIGRATION_STAGE_STAYED, cause=decode_pb2.MIGRATION_CAUSE_REFUSED, refusal=98)
+    assert describe(refused) == "goes on at decode-0: decode-1 does not take it (98)"
