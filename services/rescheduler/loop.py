@@ -133,7 +133,7 @@ class Rescheduler:
             self._commander.issue(Order(migration, source, target, term, traceparent))
         if decided.migrations:
             log.info(
-                "%s moves %s; spread %.0f to %.0f tokens",
+                "%s moves %s; spread of its load %.0f to %.0f tokens",
                 decided.policy,
                 ", ".join(
                     f"{m.request_id} from {m.source} to {m.target} ({m.reason.value}, gain {m.gain_tokens:.0f} tokens)"

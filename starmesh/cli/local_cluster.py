@@ -91,6 +91,13 @@ class LocalCluster:
         """The router's HOST:PORT."""
         return self.processes[0].address
 
+    @property
+    def ledger_socket(self) -> str:
+        """URL of the embedded ledger, where another service joins the cluster; empty if it is not a socket of this
+        machine: such a URL may hold a password."""
+        url = "" if self._ledger is None else self._ledger.url
+        return url if url.startswith("unix:") else ""
+
     async def wait_until_serving(self) -> None:
         """Return when every service is SERVING.
 

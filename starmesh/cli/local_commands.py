@@ -43,6 +43,9 @@ def up(
     cluster: Annotated[str, typer.Option(help="Name of the cluster; several may share a Redis.")] = "default",
     dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "least_tokens",
     policy: Annotated[ReschedulingPolicy, typer.Option(help="How running requests are rebalanced.")] = "star_plus",
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append each round of rescheduling, to plan it again.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for an instance with room.")] = 1024,
     kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
     block_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens of a KV block.")] = 16,
@@ -80,7 +83,7 @@ def up(
         shared_flags=("--cluster", cluster),
         engine_flags=_flags(engine),
         router_flags=_flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
-        rescheduler_flags=("--policy", policy),
+        rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
     )
     run(keep_up(plan, Console(), restart=restart))
 

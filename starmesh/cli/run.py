@@ -62,7 +62,8 @@ def explain(error: grpc.aio.AioRpcError, *, address: str) -> str:
     status = from_rpc_error(error)
     retry_delay_s = status.retry_delay_s
     if retry_delay_s is not None:
-        return f"{status.message}; try again in {max(retry_delay_s, 0.1):.1f} s"
+        message = status.message.removesuffix(" later").removesuffix("; try again")
+        return f"{message}; try again in {max(retry_delay_s, 0.1):.1f} s"
     match status.code:
         case grpc.StatusCode.UNAVAILABLE:
             return f"no router answers at {address}; start a cluster with `starmesh up`, or name another with --address"

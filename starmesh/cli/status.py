@@ -36,7 +36,7 @@ class TokenRates:
         for instance in response.instances:
             name, tokens = instance.instance_id, instance.load.output_tokens
             # The report's own time: between two reports nothing changes, which is no rate of zero.
-            at_s = now_s - (instance.report_age.seconds + instance.report_age.nanos / 1e9)
+            at_s = now_s - _age_s(instance)
             last = self._last.get(name)
             if last is not None and at_s - last[0] < _RATE_INTERVAL_S / 2:
                 seen[name] = last
@@ -61,9 +61,9 @@ def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, f
     for instance in response.instances:
         table.add_row(*_cells(instance, rates))
     lines = [Text(f"{response.active_requests} requests active, {response.queued_requests} queued")]
-    decoding = [instance.load for instance in response.instances if instance.role == cluster_pb2.ROLE_DECODE]
-    if len(decoding) > 1:
-        lines.append(_balance(decoding))
+    balanced = [instance.load for instance in response.instances if _takes_part(instance)]
+    if len(balanced) > 1:
+        lines.append(_balance(balanced))
     if not response.ledger_available:
         lines.append(Text("the ledger does not answer: the table is as last seen", style="red"))
     return Group(table, *lines)
@@ -76,10 +76,16 @@ def sequence_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType
     table.add_column("instance", no_wrap=True)
     for heading in ("epoch", "prompt", "output", "limit", "resident", "remaining"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for instance in response.instances:
-        if instance.role != cluster_pb2.ROLE_DECODE:
-            continue
+    newest: dict[str, int] = {}
+    decoding = [instance for instance in response.instances if instance.role == cluster_pb2.ROLE_DECODE]
+    for instance in decoding:
         for sequence in instance.load.sequences:
+            newest[sequence.request_id] = max(sequence.epoch, newest.get(sequence.request_id, 0))
+    for instance in decoding:
+        for sequence in instance.load.sequences:
+            # A lost instance's last report still lists what has gone on elsewhere since.
+            if sequence.epoch < newest[sequence.request_id]:
+                continue
             remaining = str(sequence.remaining_tokens) if sequence.HasField("remaining_tokens") else "unknown"
             counts = (sequence.epoch, sequence.prompt_tokens, sequence.output_tokens, sequence.max_output_tokens)
             resident = str(sequence.resident_tokens)
@@ -95,12 +101,22 @@ def spread(tokens: Sequence[int]) -> float:
     return math.sqrt(sum((count - mean) ** 2 for count in tokens) / len(tokens))
 
 
+def _takes_part(instance: cluster_pb2.Instance) -> bool:
+    """Whether it could be balanced with others."""
+    ready = instance.state == cluster_pb2.INSTANCE_STATE_READY and _age_s(instance) <= _STALE_S
+    return instance.role == cluster_pb2.ROLE_DECODE and ready and instance.HasField("load")
+
+
+def _age_s(instance: cluster_pb2.Instance) -> float:
+    return instance.report_age.seconds + instance.report_age.nanos / 1e9
+
+
 def _balance(loads: Sequence[cluster_pb2.InstanceLoad]) -> Text:
     resident = [load.resident_tokens for load in loads]
     moved, moving = sum(load.migrated_sequences for load in loads), sum(load.outgoing_migrations for load in loads)
     return Text(
         f"resident tokens: {sum(resident) / len(resident):.0f} on average, spread {spread(resident):.0f}; "
-        f"{moved} sequences have moved, {moving} are moving"
+        f"{moved} came by moves, {moving} on the way"
     )
 
 
@@ -154,7 +170,7 @@ def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[
     name = instance.instance_id
     yield name if name.startswith(role) else f"{name} ({role})"
     state = cluster_pb2.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
-    age_s = instance.report_age.seconds + instance.report_age.nanos / 1e9
+    age_s = _age_s(instance)
     if age_s > _STALE_S:
         yield Text(f"silent {age_s:.0f} s", style="red")
     else:

@@ -37,9 +37,15 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool) -> None:
                 console.print(
                     f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
                 )
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(cluster.supervise(restart=restart))
-                    tasks.create_task(_show(cluster, console))
+                if cluster.ledger_socket:
+                    console.print(f"other services join it with --ledger {cluster.ledger_socket}", soft_wrap=True)
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(cluster.supervise(restart=restart))
+                        tasks.create_task(_show(cluster, console))
+                except asyncio.CancelledError:
+                    console.print(f"stopping: streams have {plan.grace_s:g} s to end; Ctrl-C again ends them now")
+                    raise
     except asyncio.CancelledError:
         console.print("the cluster has stopped")
 
