@@ -26,7 +26,6 @@ _ENDS: Final = {
 # What a source says that has not begun the migration, or has given it up. After anything else it may be under way.
 _REFUSALS: Final = {
     grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.INTERNAL,
@@ -40,7 +39,7 @@ class Outcome(Enum):
     FAILED = "failed"
     """The sequence goes on where it was, or nobody knows where: it rests, and its target is blamed."""
     GONE = "gone"
-    """There is no such sequence any more: nothing is remembered."""
+    """There is no such sequence any more, or its source had its hands full: nothing is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ def of_status(status: StatusError, *, begun: bool) -> tuple[Outcome, str] | None
     """The outcome that a source's status tells; None where the migration may be under way still. ``begun``: the source
     has spoken of it before, so that it may have moved what is not found now."""
     what = f"{status.code.name}: {status.message}"
-    if status.code is grpc.StatusCode.NOT_FOUND:
+    # A source that is busy is no fault of the target, nor will it be for long.
+    if status.code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED):
         return (Outcome.FAILED if begun else Outcome.GONE), what
     return (Outcome.FAILED, what) if status.code in _REFUSALS else None

@@ -99,7 +99,7 @@ async def test_last_words(mesh: Cluster, last: dict[str, Any], outcome: Outcome,
     [
         (grpc.StatusCode.NOT_FOUND, Outcome.GONE),
         (grpc.StatusCode.FAILED_PRECONDITION, Outcome.FAILED),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, Outcome.FAILED),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Outcome.GONE),
     ],
 )
 async def test_refused_commands_are_not_repeated(mesh: Cluster, code: grpc.StatusCode, outcome: Outcome) -> None:

@@ -6,17 +6,19 @@ import asyncio
 import dataclasses
 import logging
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.rescheduler.loop import until_next
 from starmesh.policy.rescheduling import InstanceSkip, PlanMemory
+from starmesh.rpc.status import StatusError
 from starmesh.types import Leadership, Role, SequenceLoad
 from starmesh.v1 import decode_pb2
 from tests.policy.decoding import CONFIG, sequence
 from tests.rescheduler.conftest import LEAD_S, Cluster, until
-from tests.rescheduler.peers import hanging, progress, saying
+from tests.rescheduler.peers import MOVED, hanging, progress, saying
 
 # Against none: of two one is moved, of four two, one in each round; "a" first, as the first of equals.
 FOUR = tuple(sequence(name, 100) for name in "abcd")
@@ -103,6 +105,19 @@ async def test_a_sequence_that_ended_leaves_nothing_behind(mesh: Cluster) -> Non
     await mesh.d0.report()
     await until(lambda: rescheduler.memory == PlanMemory(), rescheduler.round)
     assert asked(mesh) == ["a"]
+
+
+async def test_a_busy_source_is_no_fault_of_the_target(mesh: Cluster) -> None:
+    rescheduler = mesh.start()
+    mesh.d0.answer = saying(StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "4 sequences are on their way from here"))
+    await mesh.d0.report(*TWO)
+    # More often than a target may fail.
+    await until(lambda: len(mesh.d0.asked) > rescheduler._config.max_target_failures, rescheduler.round)
+    resting = rescheduler.memory.cool_downs
+    assert resting == ()
+    mesh.d0.answer = MOVED
+    await until(lambda: rescheduler.memory.cool_downs, rescheduler.round)
+    assert rescheduler.memory.cool_downs[0].failures == 0
 
 
 async def test_a_report_tells_what_the_source_did_not(mesh: Cluster) -> None:
