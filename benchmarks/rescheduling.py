@@ -102,7 +102,12 @@ def view_of(written: list[bytes]) -> ClusterView:
         tuple(
             InstanceView(
                 InstanceInfo(
-                    f"decode-{number:04d}", "one", Role.DECODE, "host:1", layout=LAYOUT, max_sequence_tokens=65_536
+                    f"decode-{number:04d}",
+                    "one",
+                    Role.DECODE,
+                    "host:1",
+                    layout=dataclasses.replace(LAYOUT),
+                    max_sequence_tokens=65_536,
                 ),
                 codec.decode_load(document),
                 NOW_S,

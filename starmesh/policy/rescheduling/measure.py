@@ -26,7 +26,7 @@ from starmesh.policy.forecast import (
 )
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.policy.rescheduling.outcome import InstanceSkip, SkippedInstance
-from starmesh.sequence_loads import COUNTS, UNKNOWN, SequenceLoads
+from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, KvLayout, Role
 
 Floats = npt.NDArray[np.float64]
@@ -235,8 +235,9 @@ def _sequences(
 ) -> Sequences:
     """What is known of the sequences."""
     reports = [SequenceLoads.of(load.sequences) for load in loads]
+    columns = zip(*[report.columns for report in reports], strict=True)
     epochs, prompt, output, resident, most, median, quantile, age = (
-        np.frombuffer(b"".join([report.columns[at] for report in reports]), dtype=np.int64) for at in range(len(COUNTS))
+        np.frombuffer(b"".join(column), dtype=np.int64) for column in columns
     )
     counts = np.array([len(report) for report in reports], dtype=np.int64)
     owner = np.repeat(np.arange(len(loads)), counts)
