@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from starmesh.ledger import Ledger, LedgerError, OwnershipConflict
 from starmesh.migration.terms import LedgerSilent, OwnerIs
@@ -21,8 +22,11 @@ class Claims:
         self._ledger = ledger
         self._ttl_s = ttl_s
 
-    async def claim(self, request_id: str, expected: Ownership, new: Ownership) -> OwnerIs | LedgerSilent:
-        """Make ``new`` the owner if ``expected`` is; the owner that there is now."""
+    async def claim(
+        self, request_id: str, expected: Ownership, new: Ownership, *, wanted: Callable[[], bool]
+    ) -> OwnerIs | LedgerSilent:
+        """Make ``new`` the owner if ``expected`` is; the owner that there is now. If it is not ``wanted`` any more by
+        then, its entry is removed again: nobody would, and no request could have the id for as long as that lives."""
         try:
             await self._ledger.claim(request_id, new.instance_id, expected=expected, epoch=new.epoch, ttl_s=self._ttl_s)
         except OwnershipConflict as conflict:
@@ -30,6 +34,8 @@ class Claims:
         except LedgerError as error:
             log.warning("claiming %s: %s", request_id, error)
             return LedgerSilent()
+        if not wanted():
+            await self.disown(request_id, new.epoch)
         return OwnerIs(new)
 
     async def owner(self, request_id: str, *, at_s: float) -> OwnerIs | LedgerSilent:

@@ -125,7 +125,8 @@ class SourceMigration:
                 case effects.RevokeLease():
                     self._instance.revoke_migration_leases(terms.reservation_id)
                 case effects.TakeBack(expected, new):
-                    background(self._ask_ledger(claims.claim(terms.request_id, expected, new)))
+                    claim = claims.claim(terms.request_id, expected, new, wanted=lambda: not self.over)
+                    background(self._ask_ledger(claim))
                 case effects.AskOwner(at_s):
                     background(self._ask_ledger(claims.owner(terms.request_id, at_s=at_s)))
                 case effects.Resume(epoch):

@@ -158,7 +158,8 @@ class TargetMigration:
                 case effects.AnswerUndecided():
                     self._calls.leave()
                 case effects.Claim(expected, new):
-                    background(self._ask_ledger(shell.claims.claim(terms.request_id, expected, new)))
+                    claim = shell.claims.claim(terms.request_id, expected, new, wanted=lambda: not self.over)
+                    background(self._ask_ledger(claim))
                 case effects.AskOwner(at_s):
                     background(self._ask_ledger(shell.claims.owner(terms.request_id, at_s=at_s)))
                 case effects.Start(spec, resident_tokens):

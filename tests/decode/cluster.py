@@ -82,20 +82,24 @@ class SwitchedLedger:
 
 
 class Hold:
-    """Holds calls of an asynchronous method up, before they begin, until ``open`` is set: those made ``when``."""
+    """Holds calls of an asynchronous method up until ``open`` is set: those made ``when``, before they begin, or
+    ``after`` they are done."""
 
-    def __init__(self, owner: Any, name: str, when: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, owner: Any, name: str, when: Callable[[], bool] = lambda: True, *, after: bool = False) -> None:
         self.reached = asyncio.Event()
         self.open = asyncio.Event()
         self._when = when
+        self._after = after
         self._method = getattr(owner, name)
         setattr(owner, name, self)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._when():
-            self.reached.set()
-            await self.open.wait()
-        return await self._method(*args, **kwargs)
+        if not self._when():
+            return await self._method(*args, **kwargs)
+        done = await self._method(*args, **kwargs) if self._after else None
+        self.reached.set()
+        await self.open.wait()
+        return done if self._after else await self._method(*args, **kwargs)
 
     async def until_reached(self) -> None:
         await asyncio.wait_for(self.reached.wait(), PATIENCE_S)

@@ -403,3 +403,29 @@ async def test_a_sequence_that_another_has_taken_over_is_declined() -> None:
         assert (outcome.state, outcome.cause) == (SourceState.STAYED, Cause.DECLINED)
         assert await cluster.ledger.owner("a") == Ownership("elsewhere", 4)
         await _goes_on(cluster, Ownership("A", 1))
+
+
+@pytest.mark.parametrize("done_first", [True, False])
+async def test_a_claim_done_for_a_migration_that_is_over_leaves_no_entry(done_first: bool) -> None:
+    async with running_cluster() as cluster:
+        await cluster.router.start(spec(limit=150), "A")
+        held = Hold(cluster.ledgers["B"], "claim", after=done_first)
+        cluster.migrate("a", "A", "B")
+        await held.until_reached()
+        await cluster.router.cancel("A", "a", 1)
+        await cluster.ledger.disown("a", 1)
+
+        async def given_up() -> bool:
+            return not cluster.target_states("B") and not cluster.worker("A").migrator.counts().outgoing
+
+        await until(given_up)
+        if not done_first:
+            # The next request of this id has begun at the same instance: the claim takes it for the one that it knew.
+            await cluster.ledger.claim("a", "A", expected=None, epoch=1, ttl_s=30)
+        held.open.set()
+
+        async def no_entry() -> bool:
+            return await cluster.ledger.owner("a") is None
+
+        await until(no_entry)
+        await cluster.nothing_left()
