@@ -15,6 +15,7 @@ from typing import Any
 
 from services.decode.config import MigratorConfig
 from services.decode.outgoing import MoveAsked
+from services.decode.outgoing import _stays_for as stays_for
 from services.decode.servicer import DecodeServicer
 from services.decode.source_migration import SourceMigration
 from services.decode.worker import DecodeWorker
@@ -278,6 +279,14 @@ class Cluster:
     def target_states(self, instance_id: str) -> list[TargetState]:
         """Where the migrations to an instance stand."""
         return [migration.state for migration in self.worker(instance_id).migrator.incoming._migrations.values()]
+
+    def movable(self, instance_id: str) -> tuple[str, ...]:
+        """The requests of an instance that it would move, were there a target and a place for them."""
+        worker = self.worker(instance_id)
+        under_way = worker.migrator.outgoing._migrations
+        return tuple(
+            name for name, running in worker.running.items() if name not in under_way and not stays_for(running)
+        )
 
     def migrate(self, request_id: str, source: str, target: str, **asked: Any) -> SourceMigration:
         """Have ``source`` move a request to ``target``."""

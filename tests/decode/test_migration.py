@@ -68,7 +68,7 @@ async def test_a_sequence_moves_back_and_forth(cluster: Cluster) -> None:
     for turn in range(8):
         source, target = ("A", "B") if turn % 2 == 0 else ("B", "A")
         # As soon as its router has come.
-        await request.until(lambda source=source: cluster.worker(source).migrator.movable())
+        await request.until(lambda source=source: cluster.movable(source))
         assert (await cluster.migrate("a", source, target).outcome()).moved, turn
     await complete(request)
     assert request.owner == Ownership("A", 9)
@@ -88,7 +88,7 @@ async def test_sequences_move_at_random(seed: int) -> None:
         def whereabouts(request: Request) -> str:
             """Where it could move from now."""
             name = request.spec.request_id
-            return "".join(one for one in "ABC" if name in cluster.worker(one).migrator.movable())
+            return "".join(one for one in "ABC" if name in cluster.movable(one))
 
         async def wander(request: Request) -> None:
             for _ in range(4):
