@@ -27,9 +27,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, SequenceSkip, SkippedSequences
-from starmesh.policy.rescheduling.measure import Foresight, measure, reported_owners, usable_instances
+from starmesh.policy.rescheduling.measure import measure, reported_owners, usable_instances
 from starmesh.policy.rescheduling.relief import empty, unburden
 from starmesh.policy.rescheduling.round import Round
+from starmesh.policy.rescheduling.sequences import Foresight
 from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView
 
 

@@ -1,15 +1,11 @@
 """Measure: the instances of a view as arrays, one set for each group of instances that exchange KV.
 
-Owns which instances count, which estimates are believed, and what sequences weigh. Owns no choice. Arrays of instances
-are ordered by id; those of sequences are in the reports' order, on which nothing may depend.
+Owns which instances count and what sequences weigh. Owns no choice. Arrays of instances are ordered by id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum
-from itertools import chain
 from operator import attrgetter
 
 import numpy as np
@@ -26,11 +22,11 @@ from starmesh.policy.forecast import (
 )
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.policy.rescheduling.outcome import InstanceSkip, SkippedInstance
-from starmesh.sequence_loads import UNKNOWN, SequenceLoads
+from starmesh.policy.rescheduling.sequences import Booleans, Foresight, Sequences, read_sequences
+from starmesh.sequence_loads import UNKNOWN
 from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, KvLayout, Role
 
 Floats = npt.NDArray[np.float64]
-Booleans = npt.NDArray[np.bool_]
 _ENDLESS = 2**53
 _load_counts = attrgetter(
     "total_blocks",
@@ -40,55 +36,6 @@ _load_counts = attrgetter(
     "incoming_migrations",
     "outgoing_migrations",
 )
-
-
-class Foresight(Enum):
-    """How far a policy looks when it compares loads."""
-
-    NOW = "now"
-    """Tokens held now; predictions are not used."""
-    MEAN = "mean"
-    """The mean over the horizon: STAR's load over time as one number."""
-    RESOLVED = "resolved"
-    """Each of several points of the horizon, and a sequence's own share of a step beside its tokens'."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sequences:
-    """The sequences of a group, arrays [sequences].
-
-    ``owner`` is the row of the instance that reports it, ``first_row`` [instances + 1] delimits the instances' rows,
-    ``names`` [instances] are their request ids: most are never asked for. ``tokens`` are prompt and output, ``limit``
-    is what it may still generate at most. ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always
-    bounds it: without one, the limit does, since memory must hold whatever may come.
-    """
-
-    names: list[tuple[str, ...]]
-    first_row: Integers
-    owner: Integers
-    epochs: Integers
-    tokens: Integers
-    resident: Integers
-    decoding: Booleans
-    remaining: Integers
-    upper: Integers
-    limit: Integers
-
-    def name(self, row: int) -> str:
-        """The request id of a row."""
-        owner = int(self.owner[row])
-        return self.names[owner][row - int(self.first_row[owner])]
-
-    def rows_named(self, names: Collection[str]) -> list[int]:
-        """The rows of these requests; one that moves may be reported at both ends."""
-        every = chain.from_iterable(self.names) if names else ()
-        return [row for row, name in enumerate(every) if name in names]
-
-    def of(self, instances: Integers) -> tuple[Integers, Integers]:
-        """The rows that these report, one instance after the other, and where in that each one's begin."""
-        counts = np.diff(self.first_row)[instances]
-        begins = np.cumsum(counts) - counts
-        return np.arange(counts.sum()) + np.repeat(self.first_row[instances] - begins, counts), begins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,7 +145,7 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     reserved = np.array(
         [instance.reserved_tokens if instance.reservations else 0 for instance in instances], dtype=np.int64
     )
-    sequences = _sequences(loads, longest, config, foresight)
+    sequences = read_sequences(loads, longest, config, foresight)
     own_blocks = _sum_rows(-(-sequences.resident // layout.block_tokens), sequences.first_row)
     # All blocks but the watermark and those held for others, pullers and arriving sequences.
     usable = np.floor(total * (1 - config.watermark)).astype(np.int64) - np.maximum(total - free - own_blocks, 0)
@@ -227,41 +174,6 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
         step_s=np.array(
             [load.step_duration_s or config.cost.step_s(load.running_sequences, load.resident_tokens) for load in loads]
         ),
-    )
-
-
-def _sequences(
-    loads: list[InstanceLoad], longest: Integers, config: ReschedulingConfig, foresight: Foresight
-) -> Sequences:
-    """What is known of the sequences."""
-    reports = [SequenceLoads.of(load.sequences) for load in loads]
-    columns = zip(*[report.columns for report in reports], strict=True)
-    epochs, prompt, output, resident, most, median, quantile, age = (
-        np.frombuffer(b"".join(column), dtype=np.int64) for column in columns
-    )
-    counts = np.array([len(report) for report in reports], dtype=np.int64)
-    owner = np.repeat(np.arange(len(loads)), counts)
-    tokens = prompt + output
-    limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
-    remaining, upper = np.full(len(tokens), UNKNOWN), limit
-    if foresight is not Foresight.NOW:
-        # Not believed are old predictions, and those that say that a running sequence has ended: a wrong 0 would hide
-        # its whole load.
-        believed = (median > 0) & (age <= config.max_prediction_age_tokens)
-        remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
-        upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
-    return Sequences(
-        names=[report.request_ids for report in reports],
-        first_row=np.concatenate(([0], np.cumsum(counts))),
-        owner=owner,
-        epochs=epochs,
-        tokens=tokens,
-        resident=resident,
-        # All but the last token, which the next step computes.
-        decoding=(output > 0) & (resident >= tokens - 1),
-        remaining=remaining,
-        upper=upper,
-        limit=limit,
     )
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from starmesh.policy.rescheduling.llumnix import pair_by_freeness
-from starmesh.policy.rescheduling.measure import Foresight
 from starmesh.policy.rescheduling.relief import drain, relieve
 from starmesh.policy.rescheduling.round import Round
 from starmesh.policy.rescheduling.select import at_any_cost, in_sequence_seconds, level
+from starmesh.policy.rescheduling.sequences import Foresight
 
 Step = Callable[[Round], None]
 

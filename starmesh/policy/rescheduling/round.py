@@ -14,9 +14,10 @@ import numpy as np
 
 from starmesh.policy.forecast import Integers
 from starmesh.policy.rescheduling.config import ReschedulingConfig
-from starmesh.policy.rescheduling.measure import Booleans, Floats, Group
+from starmesh.policy.rescheduling.measure import Floats, Group
 from starmesh.policy.rescheduling.memory import InFlight, PlanMemory
 from starmesh.policy.rescheduling.outcome import SequenceSkip, SkippedSequences
+from starmesh.policy.rescheduling.sequences import Booleans
 from starmesh.types import Migration, MigrationReason
 
 _REASONS = tuple(SequenceSkip)

@@ -15,9 +15,10 @@ from itertools import pairwise
 import numpy as np
 
 from starmesh.policy.forecast import Integers
-from starmesh.policy.rescheduling.measure import Booleans, Floats
+from starmesh.policy.rescheduling.measure import Floats
 from starmesh.policy.rescheduling.outcome import SequenceSkip
 from starmesh.policy.rescheduling.round import Mover, Round
+from starmesh.policy.rescheduling.sequences import Booleans
 from starmesh.policy.rescheduling.steps import amortised, candidates, classify
 from starmesh.types import MigrationReason
 
