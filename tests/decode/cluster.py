@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -155,6 +156,8 @@ class Router:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._calls: dict[str, Any] = {}
+        # gRPC fails a write that begins while another of the same stream is under way.
+        self._writes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._channels: list[Any] = []
         self.requests: dict[str, Request] = {}
@@ -194,7 +197,8 @@ class Router:
         if instance_id not in self._calls:
             self._calls[instance_id] = self._cluster.stub(instance_id).Decode()
             self._readers[instance_id] = asyncio.create_task(self._read(instance_id))
-        await self._calls[instance_id].write(message)
+        async with self._writes[instance_id]:
+            await self._calls[instance_id].write(message)
 
     def channel(self, instance_id: str) -> Any:
         """A new channel to an instance."""
