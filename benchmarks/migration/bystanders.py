@@ -64,13 +64,15 @@ class Bystanders:
 
     async def measure(self) -> None:
         """Bystanders at both ends on cores of their own; then at one of them, with all cores for both."""
+        mover = await self._client.start(LIVE_PAIR[0], self._plan.mover_tokens)
         for member in LIVE_PAIR:
             self._processes.pin(member)
-        await self._stay(LIVE_PAIR, "core_each")
+        await self._stay(mover, LIVE_PAIR, "core_each")
         for member in LIVE_PAIR:
             self._processes.unpin(member)
         for member in LIVE_PAIR:
-            await self._stay((member,), "core_spare")
+            await self._stay(mover, (member,), "core_spare")
+        self._client.cancel(mover)
 
     def describe(self) -> dict[str, Any]:
         """What the benchmark's result has of them, by setting, end and backend. A slowdown of 0.01 is 1 % more time."""
@@ -81,12 +83,11 @@ class Bystanders:
             "bystander_step_ms": self._tree(lambda one: 1e3 * one.step_s),
         }
 
-    async def _stay(self, homes: tuple[Member, ...], setting: str) -> None:
-        """One sequence moves back and forth between the live instances, others stay at ``homes``. An end that runs on
-        all cores is looked at only as the source: as the target it would share them with the source's steps."""
+    async def _stay(self, mover: Stream, homes: tuple[Member, ...], setting: str) -> None:
+        """``mover`` moves back and forth between the live instances, others stay at ``homes``. An end that runs on all
+        cores is looked at only as the source: as the target it would share them with the source's steps."""
         plan, client = self._plan, self._client
         staying = {home.name: [await client.start(home, plan.tokens) for _ in range(plan.sequences)] for home in homes}
-        mover = await client.start(LIVE_PAIR[0], plan.mover_tokens)
         for number in range(2 * plan.moves):
             source, target = LIVE_PAIR[number % 2], LIVE_PAIR[1 - number % 2]
             move = await client.move(mover, target, settle_tokens=plan.quiet_steps // 2 + 1)
@@ -94,7 +95,7 @@ class Bystanders:
                 if member in homes and (setting == "core_each" or end == "source"):
                     found = slowdown(staying[member.name][0], move, plan.quiet_steps)
                     self._found[Place(setting, end, target.backend.value)].append(found)
-        for stream in itertools.chain([mover], *staying.values()):
+        for stream in itertools.chain.from_iterable(staying.values()):
             client.cancel(stream)
         for place, slowdowns in self._found.items():
             if place.setting == setting:

@@ -66,7 +66,8 @@ class MoveFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One request. ``arrivals`` has a time for each output token, ``begins`` the first token of each epoch."""
+    """One request. ``arrivals`` has a time for each output token, ``begins`` the first token of each epoch, and
+    ``waited_s`` says how long the last prefill let the client wait for a token."""
 
     spec: SequenceSpec
     member: Member
@@ -74,6 +75,7 @@ class Stream:
     token_ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     begins: dict[int, int] = field(default_factory=dict)
+    waited_s: float = 0.0
     error: str = ""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -162,22 +164,22 @@ class Client:
         sampling = SamplingParams(max_output_tokens=CONTEXT_TOKENS, temperature=0.0, ignore_eos=True)
         prompt = tuple(self._rng.choices(VOCABULARY, k=tokens))
         spec = SequenceSpec(f"stream-{next(self._numbers)}", 1, prompt, (), sampling)
-        await self._ledger.claim(spec.request_id, member.name, expected=None, epoch=1, ttl_s=TTL_S)
         stream = Stream(spec, member, self.links)
-        await self._prefill(stream)
+        started_s = time.perf_counter()
+        await self._ledger.claim(spec.request_id, member.name, expected=None, epoch=1, ttl_s=TTL_S)
+        await self._prefill(stream, started_s)
         return stream
 
-    async def recompute(self, stream: Stream, member: Member) -> float:
-        """Leave a stream's instance and prefill it anew, to go on at ``member``: what a router does after a death.
-        Returns the seconds from its last token to the next one, which is the prefill's."""
+    async def recompute(self, stream: Stream, member: Member) -> None:
+        """Leave a stream's instance and prefill it anew, to go on at ``member``: what a router does after a death. The
+        client waits from its last token to the next one, which is the prefill's."""
         await stream.until(len(stream.token_ids) + 1)
         self.cancel(stream)
-        at, before = len(stream.token_ids), Ownership(stream.member.name, stream.spec.epoch)
+        before = Ownership(stream.member.name, stream.spec.epoch)
         epoch = before.epoch + EPOCHS_PER_MIGRATION + 1
         await self._ledger.claim(stream.spec.request_id, member.name, expected=before, epoch=epoch, ttl_s=TTL_S)
         stream.go_on(member, epoch)
-        await self._prefill(stream)
-        return stream.arrivals[at] - stream.arrivals[at - 1]
+        await self._prefill(stream, stream.arrivals[-1])
 
     async def move(self, stream: Stream, target: Member, *, settle_tokens: int) -> Move:
         """Migrate a stream; ``settle_tokens`` before and after give its ordinary time between tokens. Raises
@@ -238,13 +240,14 @@ class Client:
         stub = decode_pb2_grpc.DecodeServiceStub(self._channels.get(self._processes.address(stream.member.name)))
         return [(time.perf_counter(), told) async for told in stub.Migrate(request, timeout=MOVE_TIMEOUT_S)]
 
-    async def _prefill(self, stream: Stream) -> None:
-        """Prefill all tokens of a stream, and hand it over to its instance."""
+    async def _prefill(self, stream: Stream, waits_since_s: float) -> None:
+        """Prefill all tokens of a stream, whose client waits for the next one, and hand it over to its instance."""
         stub = prefill_pb2_grpc.PrefillServiceStub(self._channels.get(self._processes.address("prefill")))
         sequence = convert.spec_pb(stream.spec)
         sequence.output_token_ids[:] = stream.token_ids
         response = await stub.Prefill(prefill_pb2.PrefillRequest(sequence=sequence), timeout=PREFILL_TIMEOUT_S)
         stream.add([response.token_id], stream.spec.epoch)
+        stream.waited_s = stream.arrivals[-1] - waits_since_s
         sequence.output_token_ids[:] = stream.token_ids
         timeout = convert.duration_pb(TTL_S)
         stream.link.start(stream, decode_pb2.StartSequence(sequence=sequence, ticket=response.ticket, timeout=timeout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,19 +17,22 @@ from starmesh.types import TransferBackend
 BACKENDS = [backend.value for backend in TransferBackend]
 GROWTH = 1.25
 """A sequence that has grown by this is replaced by a new one of its length."""
-ROOM = 160
+ROOM = 96
 """Tokens that may come during one move; less room in the context than this calls for a new sequence too."""
 
 
 @dataclass(frozen=True, slots=True)
 class GapPlan:
-    """Each of ``lengths``, in this order, begins a sequence that goes ``rounds`` times round the ring and is recomputed
-    as often as ``recomputes`` says. ``settle_tokens`` before and after a move give its time between tokens."""
+    """Each of ``lengths``, in this order, begins a sequence that makes ``moves`` live moves by each backend: first
+    ``rounds`` times round the ring, with as many stop-and-copies, then back and forth between the live instances. Then
+    it is recomputed as often as ``recomputes`` says. ``settle_tokens`` before and after a move give its time between
+    tokens."""
 
     lengths: tuple[int, ...]
+    moves: int
     rounds: int
     recomputes: dict[int, int]
-    settle_tokens: int = 3
+    settle_tokens: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Kind:
 
 @dataclass(slots=True)
 class Gaps:
-    """Moves by kind, seconds of recomputes by length, and what was said of moves that failed."""
+    """Moves by kind, seconds of prefills by length, and what was said of moves that failed."""
 
     moves: dict[Kind, list[Move]] = field(default_factory=lambda: defaultdict(list))
     recomputes: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -94,23 +98,27 @@ class Gaps:
 
 
 async def measure_gaps(client: Client, plan: GapPlan, note: Callable[[str], None]) -> Gaps:
-    """One sequence after the other goes round the ring."""
+    """One sequence after the other."""
     gaps = Gaps()
     for length in plan.lengths:
         stream = await client.start(RING[0], length)
-        for _ in range(plan.rounds):
-            for source, target in zip(RING, (*RING[1:], RING[0]), strict=True):
-                try:
-                    move = await client.move(stream, target, settle_tokens=plan.settle_tokens)
-                    gaps.moves[Kind(source.live, target.backend.value, length)].append(move)
-                except MoveFailed as failure:
-                    gaps.failures.append(str(failure))
-                    note(str(failure))
-                if stream.member is not target or stream.tokens > min(GROWTH * length, CONTEXT_TOKENS - ROOM):
-                    client.cancel(stream)
-                    stream = await client.start(target, length)
-        for number in range(plan.recomputes[length]):
-            gaps.recomputes[length].append(await client.recompute(stream, LIVE_PAIR[number % 2]))
+        gaps.recomputes[length].append(stream.waited_s)
+        paths = [RING] * plan.rounds + [LIVE_PAIR] * (plan.moves - plan.rounds)
+        hops = (zip(path, (*path[1:], path[0]), strict=True) for path in paths)
+        for source, target in itertools.chain.from_iterable(hops):
+            try:
+                move = await client.move(stream, target, settle_tokens=plan.settle_tokens)
+                gaps.moves[Kind(source.live, target.backend.value, length)].append(move)
+            except MoveFailed as failure:
+                gaps.failures.append(str(failure))
+                note(str(failure))
+            if stream.member is not target or stream.tokens > min(GROWTH * length, CONTEXT_TOKENS - ROOM):
+                client.cancel(stream)
+                stream = await client.start(target, length)
+                gaps.recomputes[length].append(stream.waited_s)
+        for number in range(plan.recomputes.get(length, 0)):
+            await client.recompute(stream, LIVE_PAIR[number % 2])
+            gaps.recomputes[length].append(stream.waited_s)
         client.cancel(stream)
         for backend in BACKENDS:
             over_itl_s = [move.gap_s - move.itl_s for move in gaps.moves[Kind(True, backend, length)]]
