@@ -47,6 +47,7 @@ class Evacuator:
         self._clock = WallClock()
         self._ledger_ahead_s = 0.0  # the ledger's clock less ours, as of the last view
         self._looking = False
+        self._no_relief_until_s = 0.0
 
     def look(self, load: InstanceLoad) -> None:
         """Begin to move sequences away if ``load`` asks for it, unless a look is under way. Every load comes here."""
@@ -59,6 +60,8 @@ class Evacuator:
             return False
         if self._instance.state is not InstanceState.READY:
             return True
+        if self._clock.now_s() < self._no_relief_until_s:
+            return False
         # Each sequence fills at most so many blocks more within the horizon; what exactly must go is the plan's.
         growth = -(-self._steps(load) // self._instance.layout.block_tokens) + 1
         return load.running_sequences > 1 and load.running_sequences * growth > load.free_blocks
@@ -81,6 +84,9 @@ class Evacuator:
             self._memory = plan.memory
             if plan.migrations:
                 self._begin(plan, view)
+            else:
+                # A full cluster would otherwise be read and planned with each report of each of its instances.
+                self._no_relief_until_s = self._clock.now_s() + self._config.relief_horizon_s / 4
         except LedgerError as error:
             log.debug("nothing can move without the ledger: %s", error)
         finally:
