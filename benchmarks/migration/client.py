@@ -14,6 +14,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
+from benchmarks.migration.moves import Move, Told, check_moved, copying
 from benchmarks.migration.processes import RING, Member, Processes
 from services.router.decode_link import DecodeLink
 from services.router.flight import InstanceLost
@@ -30,38 +31,6 @@ TTL_S = 600.0
 PREFILL_TIMEOUT_S = 300.0
 TOKEN_TIMEOUT_S = 120.0
 MOVE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One migration as its client saw it; seconds on ``time.perf_counter``.
-
-    ``last_s`` and ``first_s`` are the arrivals of the last token from the source and the first from the target,
-    ``copying_s`` the times when the first copy round began and the last one was over (equal without any).
-    ``frozen_s`` is the source's own account: in no batch from freeze to the target's answer.
-    """
-
-    resident_tokens: int
-    last_s: float
-    first_s: float
-    itl_s: float
-    copying_s: tuple[float, float]
-    copied_bytes: int
-    tail_bytes: int
-    rounds: int
-    frozen_s: float
-
-    @property
-    def gap_s(self) -> float:
-        return self.first_s - self.last_s
-
-    @property
-    def copy_s(self) -> float:
-        return self.copying_s[1] - self.copying_s[0]
-
-
-class MoveFailed(Exception):
-    """A migration did not move its sequence."""
 
 
 @dataclass(slots=True, eq=False)
@@ -188,31 +157,22 @@ class Client:
         await stream.until(start + settle_tokens)
         epoch = stream.spec.epoch + 1
         told = await self._migrate(stream, target)
-        if told[-1][1].stage != decode_pb2.MIGRATION_STAGE_MOVED:
-            stages = ", ".join(
-                f"{decode_pb2.MigrationStage.Name(one.stage)} after {at_s - told[0][0]:.3f} s" for at_s, one in told
-            )
-            cause = decode_pb2.MigrationCause.Name(told[-1][1].cause)
-            raise MoveFailed(f"from {stream.member.name} to {target.name}: {cause}; {stages}")
+        check_moved(told, f"from {stream.member.name} to {target.name}")
         while epoch not in stream.begins:
             await stream.until(len(stream.token_ids) + 1)
         await self._ledger.renew({stream.spec.request_id: stream.spec.epoch}, ttl_s=TTL_S)
         at = stream.begins[epoch]
         await stream.until(at + settle_tokens)
         spaces = stream.spaces(start, start + settle_tokens) + stream.spaces(at, at + settle_tokens)
-        copying = [(at_s, one) for at_s, one in told if one.stage == decode_pb2.MIGRATION_STAGE_COPYING]
-        frozen_at_s, frozen = next(
-            (at_s, one) for at_s, one in told if one.stage == decode_pb2.MIGRATION_STAGE_FREEZING
-        )
+        copying_s, copied = copying(told)
         return Move(
             resident_tokens=len(stream.spec.prompt_token_ids) + at - 1,
-            last_s=stream.arrivals[at - 1],
-            first_s=stream.arrivals[at],
+            gap_s=stream.arrivals[at] - stream.arrivals[at - 1],
             itl_s=statistics.median(spaces),
-            copying_s=(copying[0][0] if copying else frozen_at_s, frozen_at_s),
-            copied_bytes=frozen.transfer_bytes,
-            tail_bytes=told[-1][1].transfer_bytes - frozen.transfer_bytes,
-            rounds=frozen.rounds,
+            copying_s=copying_s,
+            copied_bytes=copied.transfer_bytes,
+            tail_bytes=told[-1][1].transfer_bytes - copied.transfer_bytes,
+            rounds=copied.rounds,
             frozen_s=convert.duration_s(told[-1][1].frozen_duration),
         )
 
@@ -228,7 +188,7 @@ class Client:
         await self._channels.close()
         await self._ledger.close()
 
-    async def _migrate(self, stream: Stream, target: Member) -> list[tuple[float, decode_pb2.MigrateResponse]]:
+    async def _migrate(self, stream: Stream, target: Member) -> Told:
         """Ask the source to move a stream. Returns what it tells, with the times."""
         request = decode_pb2.MigrateRequest(
             request_id=stream.spec.request_id,

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.migration.client import CONTEXT_TOKENS, Client, Move, MoveFailed
+from benchmarks.migration.client import CONTEXT_TOKENS, Client
+from benchmarks.migration.moves import Move, MoveFailed
 from benchmarks.migration.processes import LIVE_PAIR, RING
 from benchmarks.migration.spread import spread
 from starmesh.types import TransferBackend
