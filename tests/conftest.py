@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from starmesh.model_files import fetch_model
 
 # Examples are not timed: on a busy machine any of them may take long.
-settings.register_profile("starmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("starmesh", deadline=None, max_examples=75, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("starmesh")
 
 
