@@ -143,6 +143,34 @@ class KvTicket:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenLayout:
+    """What a hidden state [layers, width] is made of; samples and predictor must agree in all fields.
+
+    ``layers`` ascend: n stands for the output of the first n layers, and the model's count of layers for its final
+    hidden state, after the last norm. It travels and is stored as little-endian float16.
+    """
+
+    model_revision: str
+    layers: tuple[int, ...]
+    width: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one hidden state."""
+        return len(self.layers) * self.width * 2
+
+
+@dataclass(frozen=True, slots=True)
+class RemainingEstimate:
+    """How many tokens a sequence still had to generate when it had ``output_tokens``: the median, and the 0.9 quantile,
+    not below it."""
+
+    output_tokens: int
+    remaining_tokens: int
+    remaining_tokens_upper: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceLoad:
     """What one sequence weighs on its instance, and how many tokens it is predicted to generate still.
 

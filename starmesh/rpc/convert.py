@@ -6,19 +6,21 @@ from google.protobuf.duration_pb2 import Duration
 
 from starmesh.types import (
     FinishReason,
+    HiddenLayout,
     InstanceInfo,
     InstanceLoad,
     InstanceState,
     InstanceView,
     KvLayout,
     KvTicket,
+    RemainingEstimate,
     Role,
     SamplingParams,
     SequenceLoad,
     SequenceSpec,
     TransferBackend,
 )
-from starmesh.v1 import cluster_pb2, sequence_pb2
+from starmesh.v1 import cluster_pb2, predictor_pb2, sequence_pb2
 
 _FINISH = {
     FinishReason.STOP: sequence_pb2.FINISH_REASON_STOP,
@@ -218,3 +220,27 @@ def instance_pb(view: InstanceView, *, now_s: float) -> cluster_pb2.Instance:
         message.load.CopyFrom(load_pb(view.load))
         message.report_age.CopyFrom(duration_pb(max(0.0, now_s - view.reported_at_s)))
     return message
+
+
+def hidden_layout_pb(layout: HiddenLayout) -> predictor_pb2.HiddenLayout:
+    """The message of a hidden layout."""
+    return predictor_pb2.HiddenLayout(model_revision=layout.model_revision, layers=layout.layers, width=layout.width)
+
+
+def hidden_layout(message: predictor_pb2.HiddenLayout) -> HiddenLayout:
+    """The hidden layout of a message."""
+    return HiddenLayout(message.model_revision, tuple(message.layers), message.width)
+
+
+def estimate_pb(estimate: RemainingEstimate) -> sequence_pb2.RemainingEstimate:
+    """The message of an estimate."""
+    return sequence_pb2.RemainingEstimate(
+        output_tokens=estimate.output_tokens,
+        remaining_tokens=estimate.remaining_tokens,
+        remaining_tokens_upper=estimate.remaining_tokens_upper,
+    )
+
+
+def estimate(message: sequence_pb2.RemainingEstimate) -> RemainingEstimate:
+    """The estimate of a message."""
+    return RemainingEstimate(message.output_tokens, message.remaining_tokens, message.remaining_tokens_upper)

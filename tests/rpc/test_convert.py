@@ -5,8 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starmesh.rpc import convert
-from starmesh.types import FinishReason, KvLayout, KvTicket, SamplingParams, SequenceSpec
-from starmesh.v1 import sequence_pb2
+from starmesh.types import (
+    FinishReason,
+    HiddenLayout,
+    KvLayout,
+    KvTicket,
+    RemainingEstimate,
+    SamplingParams,
+    SequenceSpec,
+)
+from starmesh.v1 import predictor_pb2, sequence_pb2
 
 pytestmark = pytest.mark.fast
 
@@ -69,3 +77,11 @@ def test_a_ticket_survives(layout: KvLayout, name: str, block_ids: tuple[int, ..
 @pytest.mark.parametrize("reason", [None, *FinishReason])
 def test_a_finish_reason_survives(reason: FinishReason | None) -> None:
     assert convert.finish_reason(convert.finish_reason_pb(reason)) is reason
+
+
+@given(st.builds(HiddenLayout, text, token_ids, count), st.builds(RemainingEstimate, count, count, count))
+def test_what_a_prediction_is_made_of_survives(layout: HiddenLayout, estimate: RemainingEstimate) -> None:
+    wire = convert.hidden_layout_pb(layout).SerializeToString()
+    assert convert.hidden_layout(predictor_pb2.HiddenLayout.FromString(wire)) == layout
+    wire = convert.estimate_pb(estimate).SerializeToString()
+    assert convert.estimate(sequence_pb2.RemainingEstimate.FromString(wire)) == estimate
