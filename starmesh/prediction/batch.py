@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 UPPER_QUANTILE = 0.9
-"""The quantile that memory is planned by; the paper has none, so this is our choice: of ten sequences nine stay within."""
+"""The quantile that memory is planned by: of ten sequences nine stay within. The paper has none; it is our choice."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ of rows, and no prompt and no token: only hidden states, counts and request ids.
 service) and no training.
 
 A shard's tensors, for s sequences with n samples in all: ``hidden_states`` [n, layers, width] float16,
-``sample_output_tokens`` [n], ``sample_counts`` [s], ``prompt_tokens`` [s], ``output_tokens`` [s] int32, and ``finished``
-[s] uint8: 1 where the model itself ended the sequence, 0 where it was cut, so that ``output_tokens`` only bounds what
-it would have become. The ids are in the metadata.
+``sample_output_tokens`` [n], ``sample_counts`` [s], ``prompt_tokens`` [s], ``output_tokens`` [s] int32, and
+``finished`` [s] uint8: 1 where the model itself ended the sequence, 0 where it was cut, so that ``output_tokens`` only
+bounds what it would have become. The ids are in the metadata.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +65,8 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """A sequence that has ended, with its samples in the order of their positions. ``output_tokens`` [n] counts what was
-    generated at each, ``hidden_states`` is [n, layers, width] float16."""
+    """A sequence that has ended, with its samples in the order of their positions. ``output_tokens`` [n] counts what
+    was generated at each, ``hidden_states`` is [n, layers, width] float16."""
 
     request_id: str
     prompt_tokens: int
@@ -118,7 +119,7 @@ class ShardDirectory:
         shape = (len(layout.layers), layout.width)
         if any(sequence.hidden_states.shape[1:] != shape for sequence in sequences):
             raise ShardError(f"the samples of {self.directory} are {list(shape)} each")
-        tensors = {
+        tensors: dict[str, npt.NDArray[Any]] = {
             "hidden_states": np.concatenate([sequence.hidden_states for sequence in sequences]).astype(np.float16),
             "sample_output_tokens": np.concatenate([sequence.output_tokens for sequence in sequences]).astype(np.int32),
             "sample_counts": _column(len(sequence.output_tokens) for sequence in sequences),
@@ -168,7 +169,7 @@ def read_sequences(directory: Path) -> Iterator[SampledSequence]:
 
 
 def _sequences(
-    path: Path, ids: list[str], columns: dict[str, npt.NDArray[np.generic]], layout: HiddenLayout
+    path: Path, ids: list[str], columns: dict[str, npt.NDArray[Any]], layout: HiddenLayout
 ) -> Iterator[SampledSequence]:
     try:
         states, positions = columns["hidden_states"], columns["sample_output_tokens"]
@@ -195,14 +196,14 @@ def _sequences(
         )
 
 
-def _opened(path: Path) -> safe_open:
+def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except Exception as error:  # safetensors raises a type of its own that it does not export everywhere
         raise ShardError(f"{path} cannot be read ({error}); remove it") from None
 
 
-def _request_ids(path: Path, shard: safe_open) -> list[str]:
+def _request_ids(path: Path, shard: Any) -> list[str]:
     try:
         return [str(name) for name in json.loads((shard.metadata() or {})["request_ids"])]
     except (KeyError, ValueError, TypeError):
