@@ -28,7 +28,7 @@ LOOKS_AHEAD = {"none": "now", "current_load": "now", "llumnix": "now", "star": "
 
 @dataclass(eq=False)
 class Running:
-    """A sequence; ``remaining`` is None without a believed prediction."""
+    """A sequence; ``remaining`` is None where its end is not foreseen."""
 
     request_id: str
     epoch: int
@@ -126,6 +126,8 @@ class ReadableRound:
                     remaining = min(known.remaining_tokens, limit)
                     if (known.remaining_tokens_upper or 0) > 0:
                         upper = min(max(known.remaining_tokens_upper or 0, known.remaining_tokens), limit)
+            if remaining is None and self.ahead == "resolved" and limit <= config.horizon_steps:
+                remaining = limit
             host.sequences.append(
                 Running(
                     request_id=known.request_id,

@@ -90,6 +90,21 @@ def test_without_a_believable_prediction_the_current_load_counts(doubtful: dict[
         assert decided.spread_before_tokens == 0
 
 
+@pytest.mark.parametrize("doubtful", [{"remaining": None}, {"remaining": 900, "age": 1000}])
+def test_what_reaches_its_limit_shortly_is_not_moved(doubtful: dict[str, int]) -> None:
+    # 600 against 200: half of the gap is a's 200. But a generates 4 more at most, and then there are 400 against 200.
+    def decided(most: int) -> Plan:
+        ending = sequence("a", 200, max_output_tokens=1 + most, **doubtful)
+        return decide(
+            "star_plus", decode("d0", ending, sequence("b", 400)), decode("d1", sequence("c", 200)), hysteresis=4
+        )
+
+    assert moves(decided(1000)) == [("a", "d0", "d1")]
+    assert moves(decided(41)) == [("a", "d0", "d1")], "beyond the horizon"
+    assert moves(decided(4)) == []
+    assert reasons(decided(4))["a"] is SequenceSkip.NO_GAIN
+
+
 def best_by_trial(view: ClusterView, config: ReschedulingConfig) -> set[tuple[str, str, str]]:
     """The moves from an overloaded to an underloaded instance that leave the least variance, counted step by step."""
     steps = range(config.horizon_steps + 1)

@@ -82,7 +82,7 @@ class Group:
 
     @property
     def predicted(self) -> bool:
-        """Whether there is any believed prediction."""
+        """Whether the end of any sequence is foreseen."""
         return bool((self.sequences.remaining != UNKNOWN).any())
 
 

@@ -29,7 +29,8 @@ class Foresight(Enum):
     MEAN = "mean"
     """The mean over the horizon: STAR's load over time as one number."""
     RESOLVED = "resolved"
-    """Each of several points of the horizon, and a sequence's own share of a step beside its tokens'."""
+    """Each of several points of the horizon, and a sequence's own share of a step beside its tokens'. What must end
+    within the horizon does, predicted or not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +39,9 @@ class Sequences:
 
     ``owner`` is the row of the instance that reports it, ``first_row`` [instances + 1] delimits the instances' rows,
     ``names`` [instances] are their request ids: most are never asked for. ``tokens`` are prompt and output, ``limit``
-    is what it may still generate at most. ``remaining`` is UNKNOWN without a believed prediction; ``upper`` always
-    bounds it: without one, the limit does, since memory must hold whatever may come.
+    is what it may still generate at most. ``remaining`` is UNKNOWN without a believed prediction, but the limit where
+    that is foreseen; ``upper`` always bounds it: without a prediction the limit does, since memory must hold whatever
+    may come.
     """
 
     names: list[tuple[str, ...]]
@@ -90,6 +92,9 @@ def read_sequences(
         believed = (median > 0) & (age <= config.max_prediction_age_tokens)
         remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
         upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
+    if foresight is Foresight.RESOLVED:
+        # That it ends by then is certain, and nearer the truth than that it stays.
+        remaining = np.where((remaining == UNKNOWN) & (limit <= config.horizon_steps), limit, remaining)
     return Sequences(
         names=[report.request_ids for report in reports],
         first_row=np.concatenate(([0], np.cumsum(counts))),
