@@ -29,6 +29,7 @@ COUNTS = (
 UNKNOWN = -1
 """A count that is None."""
 
+_TOKENS = ("prompt_tokens", "output_tokens", "resident_tokens")
 _counts_of = attrgetter(*COUNTS)
 
 
@@ -38,7 +39,7 @@ class SequenceLoads(Sequence[SequenceLoad]):
     ``columns`` has one buffer for each of COUNTS: 64-bit signed in the machine's order, UNKNOWN for None.
     """
 
-    __slots__ = ("_rows", "columns", "request_ids")
+    __slots__ = ("_lacking_tokens", "_rows", "columns", "request_ids")
 
     def __init__(self, request_ids: Iterable[str], columns: Iterable[Iterable[int]]) -> None:
         """Raises ValueError for columns of another number or length, and OverflowError for counts beyond 64 bits."""
@@ -47,6 +48,7 @@ class SequenceLoads(Sequence[SequenceLoad]):
         if list(map(len, self.columns)) != [8 * len(self.request_ids)] * len(COUNTS):
             raise ValueError(f"{len(self.request_ids)} sequences need as many of each of {len(COUNTS)} counts")
         self._rows: tuple[SequenceLoad, ...] | None = None
+        self._lacking_tokens: int | None = None
 
     @classmethod
     def of(cls, rows: Sequence[SequenceLoad]) -> SequenceLoads:
@@ -58,6 +60,16 @@ class SequenceLoads(Sequence[SequenceLoad]):
         found = cls((row.request_id for row in rows), known)
         found._rows = tuple(rows)
         return found
+
+    @property
+    def lacking_tokens(self) -> int:
+        """Tokens of all sequences whose KV is not resident yet."""
+        # Counted once: a router asks at each dispatch.
+        if self._lacking_tokens is None:
+            prompt, output, resident = (array("q", self.columns[COUNTS.index(name)]) for name in _TOKENS)
+            counts = zip(prompt, output, resident, strict=True)
+            self._lacking_tokens = sum(max(0, p + o - r) for p, o, r in counts)
+        return self._lacking_tokens
 
     def __len__(self) -> int:
         return len(self.request_ids)

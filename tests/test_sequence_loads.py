@@ -33,6 +33,13 @@ def test_columns_are_the_rows(rows: tuple[SequenceLoad, ...]) -> None:
     assert [SequenceLoad(name, *row) for name, *row in zip(columns.request_ids, *counts, strict=True)] == list(rows)
 
 
+@given(sequences)
+def test_lacking_tokens_are_those_of_the_rows(rows: tuple[SequenceLoad, ...]) -> None:
+    lacking = (row.prompt_tokens + row.output_tokens - row.resident_tokens for row in rows)
+    columns = SequenceLoads.of(rows)
+    assert columns.lacking_tokens == columns.lacking_tokens == sum(tokens for tokens in lacking if tokens > 0)
+
+
 @given(sequences, sequences)
 def test_reads_and_compares_like_a_tuple(rows: tuple[SequenceLoad, ...], others: tuple[SequenceLoad, ...]) -> None:
     kept = SequenceLoads.of(rows)

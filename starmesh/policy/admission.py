@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from starmesh.sequence_loads import SequenceLoads
 from starmesh.types import InstanceView, Role
 
 
@@ -107,10 +108,7 @@ def lacking_tokens(instance: InstanceView) -> int:
     """Tokens of the instance's own sequences whose KV is not resident yet: waiting, preempted, or partly computed."""
     if instance.load is None:
         return 0
-    return sum(
-        max(0, sequence.prompt_tokens + sequence.output_tokens - sequence.resident_tokens)
-        for sequence in instance.load.sequences
-    )
+    return SequenceLoads.of(instance.load.sequences).lacking_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Load over the coming steps: what sequences hold now and will hold, as long as they are predicted to run.
 
-Owns the arithmetic on arrays of sequences, exact in integers. Owns no instance and no choice. Time counts decode steps
+Owns which estimates are believed and the arithmetic on arrays of sequences, exact in integers. Owns no instance and no
+choice. Time counts decode steps
 from now; a step adds one token to each running sequence. A sequence with c tokens and y remaining holds
 n(t) = c + t for t <= y and nothing after; with y UNKNOWN it is taken to stay as it is, n(t) = c: so a cluster without
 predictions is balanced by its current load.
@@ -14,6 +15,21 @@ import numpy.typing as npt
 from starmesh.sequence_loads import UNKNOWN
 
 Integers = npt.NDArray[np.int64]
+
+
+def believe(
+    median: Integers, quantile: Integers, age: Integers, limit: Integers, *, max_age_tokens: int
+) -> tuple[Integers, Integers]:
+    """What sequences are taken to generate still, and what bounds that, both [sequences] and at most ``limit``.
+
+    Not believed are estimates older than ``max_age_tokens``, and those that say that a running sequence has ended: a
+    wrong 0 would hide its whole load. Then the first is UNKNOWN and the bound is the limit, since memory must hold
+    whatever may come.
+    """
+    believed = (median > 0) & (age <= max_age_tokens)
+    remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
+    upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
+    return remaining, upper
 
 
 def token_steps(tokens: Integers, remaining: Integers, horizon: int) -> Integers:

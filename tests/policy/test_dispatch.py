@@ -20,7 +20,7 @@ from starmesh.policy.dispatch import (
     Skipped,
     SkipReason,
 )
-from starmesh.types import ClusterView, InstanceState, InstanceView, Role
+from starmesh.types import ClusterView, InstanceState, InstanceView, RemainingEstimate, Role
 
 from .views import LAYOUT, NOW_S, OTHER_LAYOUT, cluster, clusters, instance, prefill
 
@@ -36,6 +36,7 @@ requests = st.builds(
     request_id=st.text("abcdefgh", min_size=1, max_size=8),
     need=st.builds(Need, tokens=st.integers(1, 400), remaining_output_tokens=st.integers(0, 300)),
     excluded=st.frozensets(st.sampled_from(["p0", "p1", "d0", "d1", "d2"])),
+    estimate=st.none() | st.builds(RemainingEstimate, st.just(0), st.integers(0, 400), st.integers(0, 800)),
 )
 
 
@@ -47,7 +48,7 @@ def decode_id(policy: str, *instances: InstanceView, memory: DispatchMemory = EM
 
 
 def test_registry_names() -> None:
-    assert sorted(POLICIES) == ["least_requests", "least_tokens", "power_of_two", "round_robin"]
+    assert sorted(POLICIES) == ["least_requests", "least_tokens", "power_of_two", "predicted_load", "round_robin"]
     assert all(name == policy.name for name, policy in POLICIES.items())
 
 

@@ -1,6 +1,6 @@
 """The sequences of a group of instances as arrays, in the reports' order, on which nothing may depend.
 
-Owns which estimates are believed. Owns no weight and no choice.
+Owns what is read of a report. Owns no belief and no weight (``starmesh.policy.forecast``), and no choice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from starmesh.policy.forecast import Integers
+from starmesh.policy.forecast import Integers, believe
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.types import InstanceLoad
@@ -87,11 +87,7 @@ def read_sequences(
     limit = np.minimum(most - output, longest[owner] - tokens).clip(min=0)
     remaining, upper = np.full(len(tokens), UNKNOWN), limit
     if foresight is not Foresight.NOW:
-        # Not believed are old predictions, and those that say that a running sequence has ended: a wrong 0 would hide
-        # its whole load.
-        believed = (median > 0) & (age <= config.max_prediction_age_tokens)
-        remaining = np.where(believed, np.minimum(median, limit), UNKNOWN)
-        upper = np.where(believed & (quantile > 0), np.minimum(np.maximum(quantile, median), limit), limit)
+        remaining, upper = believe(median, quantile, age, limit, max_age_tokens=config.max_prediction_age_tokens)
     if foresight is Foresight.RESOLVED:
         # That it ends by then is certain, and nearer the truth than that it stays.
         remaining = np.where((remaining == UNKNOWN) & (limit <= config.horizon_steps), limit, remaining)
