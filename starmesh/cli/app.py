@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from starmesh.cli import local_commands, router_commands
+from starmesh.cli.predictor_commands import predictor_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +32,7 @@ for command in (
     app.command()(command)
 model_app.command()(local_commands.fetch)
 app.add_typer(model_app, name="model")
+app.add_typer(predictor_app, name="predictor")
 
 
 def main() -> None:

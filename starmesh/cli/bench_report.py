@@ -96,6 +96,11 @@ class Report:
         """Requests that met all their SLOs."""
         return sum(o.meets(slo_ttft_s=self.slo_ttft_s, slo_tpot_s=self.slo_tpot_s) for o in self.outcomes)
 
+    @property
+    def good_share(self) -> float | None:
+        """Their share of all requests; None for no requests."""
+        return self.good_requests / len(self.outcomes) if self.outcomes else None
+
     def latencies(self) -> dict[str, list[float]]:
         """All values of each latency, in seconds, of the requests that succeeded."""
         done = [outcome for outcome in self.outcomes if not outcome.error]
@@ -143,7 +148,8 @@ def report_table(report: Report) -> Table:
     done = f"{len(report.outcomes) - failed} done"
     table.add_row("requests", done, f"{failed} failed", f"{content['requests_per_s']}/s")
     table.add_row("output tokens", str(report.output_tokens), "", f"{content['output_tokens_per_s']:.1f}/s")
-    table.add_row("goodput", f"{report.good_requests} good", "", f"{content['goodput_requests_per_s']}/s")
+    share = "" if report.good_share is None else f"{report.good_share:.0%}"
+    table.add_row("goodput", f"{report.good_requests} good", share, f"{content['goodput_requests_per_s']}/s")
     if failed:
         table.add_row("failures", *(f"{code}: {count}" for code, count in list(content["failures"].items())[:3]))
     return table

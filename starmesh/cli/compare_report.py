@@ -35,6 +35,8 @@ def comparison(runs: Sequence[PolicyRun]) -> RenderableType:
     row("all done after, s", [content["duration_s"] for content in contents], ".1f")
     row("output tokens per s", [content["output_tokens_per_s"] for content in contents], ".1f")
     row("goodput, requests per s", [content["goodput_requests_per_s"] for content in contents], ".3f")
+    slo = f"TTFT {runs[0].report.slo_ttft_s:g} s and TPOT {runs[0].report.slo_tpot_s:g} s" if runs else "the SLOs"
+    row(f"within {slo}", [run.report.good_share for run in runs], ".0%")
     row("spread of resident tokens, mean", [content["spread_tokens"]["mean"] for content in contents], ".0f")
     row("spread of resident tokens, p90", [content["spread_tokens"]["p90"] for content in contents], ".0f")
     row("sequences moved", [content["migrated_sequences"] for content in contents], "d")

@@ -38,9 +38,13 @@ async def drain(router: RouterClient, instance_id: str, console: Console, *, wai
             return
         if response.remaining_sequences != reported:
             reported = response.remaining_sequences
-            console.print(f"{instance_id} is draining, {reported} sequences left")
+            console.print(f"{instance_id} is draining, {_sequences(reported)} left")
         if not wait:
             return
         if time.monotonic() > deadline_s:
-            raise CliError(f"{instance_id} still has {reported} sequences after {timeout_s:g} s; it goes on draining")
+            raise CliError(f"{instance_id} still has {_sequences(reported)} after {timeout_s:g} s; it goes on draining")
         await asyncio.sleep(_POLL_S)
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence{'s' * (count != 1)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router, and so on."""
+    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router, and so on. Without
+    ``predict`` there is no predictor, and decode instances look for none."""
 
     model: Path
     run_directory: Path
@@ -39,20 +40,29 @@ class ClusterPlan:
     listen: str = "127.0.0.1:0"
     ledger: str = ""
     grace_s: float = 5.0
+    predict: bool = True
     engine_flags: tuple[str, ...] = ()
+    decode_flags: tuple[str, ...] = ()
     router_flags: tuple[str, ...] = ()
     rescheduler_flags: tuple[str, ...] = ()
+    predictor_flags: tuple[str, ...] = ()
     shared_flags: tuple[str, ...] = ()
 
     def services(self, ledger: str) -> list[ServiceSpec]:
         """All services, the router first."""
-        counts = {"router": 1, "prefill": self.prefill, "decode": self.decode, "rescheduler": 1, "predictor": 1}
+        counts = {"router": 1, "prefill": self.prefill, "decode": self.decode, "rescheduler": 1}
+        if self.predict:
+            counts["predictor"] = 1
         model = ("--model", str(self.model))
         own_flags = {
             "router": (*model, *self.router_flags),
             "prefill": (*model, *self.engine_flags),
-            "decode": (*model, *self.engine_flags),
+            "decode": (
+                *(*model, *self.engine_flags, *self.decode_flags),
+                *(() if self.predict else ("--no-predict",)),
+            ),
             "rescheduler": self.rescheduler_flags,
+            "predictor": self.predictor_flags,
         }
         return [
             ServiceSpec(
@@ -163,20 +173,28 @@ class LocalCluster:
                 self._report(f"the ledger does not start: {error}; trying again")
 
     async def stop(self) -> None:
-        """End all services: SIGTERM, and SIGKILL for what is left after the grace."""
-        for process in self.processes:
-            process.terminate()
+        """End all services: SIGTERM, and SIGKILL for what is left after the grace. The predictor is the last: what
+        the others tell it of their last sequences is still counted and stored."""
         try:
-            async with asyncio.timeout(self._plan.grace_s + _KILL_AFTER_S):
-                await asyncio.gather(*(process.wait() for process in self.processes))
-        except TimeoutError:
-            late = [process.spec.instance_id for process in self.processes if process.running]
-            self._report(f"{', '.join(late)} did not end in time: killed")
+            await self._end([process for process in self.processes if process.spec.role != "predictor"])
+            await self._end([process for process in self.processes if process.spec.role == "predictor"])
         finally:
             # Also when a second Ctrl-C cancels the wait.
             for process in self.processes:
                 process.kill()
         await asyncio.gather(*(process.wait() for process in self.processes))
+
+    async def _end(self, processes: Sequence[ServiceProcess]) -> None:
+        for process in processes:
+            process.terminate()
+        try:
+            async with asyncio.timeout(self._plan.grace_s + _KILL_AFTER_S):
+                await asyncio.gather(*(process.wait() for process in processes))
+        except TimeoutError:
+            late = [process.spec.instance_id for process in processes if process.running]
+            self._report(f"{', '.join(late)} did not end in time: killed")
+            for process in processes:
+                process.kill()
 
 
 @asynccontextmanager

@@ -6,24 +6,16 @@ What they do is in the modules beside this one, imported only when they run: ``-
 from __future__ import annotations
 
 import socket
-import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
 
-from starmesh.cli import options
+from starmesh.cli import local_options, options
+from starmesh.cli.local_options import DEFAULT_MODEL, Predicting, flags, model_directory, run_directory
 from starmesh.cli.run import fail, run
 
-_DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-
-Model = Annotated[str, typer.Option(metavar="NAME|DIR", help="Default model, hub id (org/name) or directory.")]
-Prefill = Annotated[int, typer.Option(min=1, help="Prefill instances.")]
-Decode = Annotated[int, typer.Option(min=1, help="Decode instances.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Element type of weights and KV.")]
-DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two"]
+DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load"]
 ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
 _POLICIES = get_args(ReschedulingPolicy)
 Transfer = Literal["nixl,stream", "stream,nixl", "nixl", "stream"]
@@ -31,11 +23,11 @@ Transfer = Literal["nixl,stream", "stream,nixl", "nixl", "stream"]
 
 def up(
     *,
-    prefill: Prefill = 1,
-    decode: Decode = 2,
-    model: Model = _DEFAULT_MODEL,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    prefill: local_options.Prefill = 1,
+    decode: local_options.Decode = 2,
+    model: local_options.Model = DEFAULT_MODEL,
+    device: local_options.Device = "cpu",
+    dtype: local_options.Dtype = "float32",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = 50051,
     ledger: Annotated[
         str, typer.Option(envvar="STARMESH_LEDGER", metavar="URL", help="Redis to use. (default: one of its own)")
@@ -43,18 +35,23 @@ def up(
     cluster: Annotated[str, typer.Option(help="Name of the cluster; several may share a Redis.")] = "default",
     dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "least_tokens",
     policy: Annotated[ReschedulingPolicy, typer.Option(help="How running requests are rebalanced.")] = "star_plus",
+    predictor: local_options.Predictor = "",
+    predictor_dir: local_options.PredictorDir = None,
+    predictor_metrics: local_options.PredictorMetrics = "",
+    collect: local_options.CollectDir = None,
+    collect_max_mib: local_options.CollectMaxMib = 4096,
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append each round of rescheduling, to plan it again.")
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for an instance with room.")] = 1024,
-    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
+    kv_memory_mib: local_options.KvMemoryMib = 512,
     block_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens of a KV block.")] = 16,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in a step.")] = 512,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each instance.")] = 1,
+    threads: local_options.Threads = 1,
     transfer: Annotated[Transfer, typer.Option(help="KV transfer backends, best first.")] = "nixl,stream",
     restart: Annotated[bool, typer.Option(help="Start a service again that dies.")] = True,
-    run_dir: Annotated[Path | None, typer.Option(help="Directory for logs. (default: a new temporary one)")] = None,
+    run_dir: local_options.RunDir = None,
 ) -> None:
     """Start a local cluster and keep it up until Ctrl-C."""
     from rich.console import Console
@@ -62,6 +59,14 @@ def up(
     from starmesh.cli.local_cluster import ClusterPlan
     from starmesh.cli.up import up as keep_up
 
+    predicting = Predicting(
+        predictor=predictor,
+        directory=predictor_dir,
+        collect=collect,
+        collect_max_mib=collect_max_mib,
+        metrics=predictor_metrics,
+    )
+    predicting.check(dispatch)
     _check_port(port)
     engine: dict[str, str | int | float] = {
         "--device": device,
@@ -74,21 +79,28 @@ def up(
         "--transfer": transfer,
     }
     plan = ClusterPlan(
-        model=_fetch(model),
-        run_directory=_run_directory(run_dir),
+        model=model_directory(model),
+        run_directory=run_directory(run_dir),
         prefill=prefill,
         decode=decode,
         listen=f"127.0.0.1:{port}",
         ledger=ledger,
         shared_flags=("--cluster", cluster),
-        engine_flags=_flags(engine),
-        router_flags=_flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
+        engine_flags=flags(engine),
+        router_flags=flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
         rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
+        predict=predicting.on,
+        predictor_flags=predicting.flags,
     )
     run(keep_up(plan, Console(), restart=restart))
 
 
-def demo(model: Model = _DEFAULT_MODEL, prefill: Prefill = 1, decode: Decode = 2, device: Device = "cpu") -> None:
+def demo(
+    model: local_options.Model = DEFAULT_MODEL,
+    prefill: local_options.Prefill = 1,
+    decode: local_options.Decode = 2,
+    device: local_options.Device = "cpu",
+) -> None:
     """Start a local cluster, stream an answer, show the instances, stop."""
     from rich.console import Console
 
@@ -96,8 +108,8 @@ def demo(model: Model = _DEFAULT_MODEL, prefill: Prefill = 1, decode: Decode = 2
     from starmesh.cli.up import demo as show_demo
 
     plan = ClusterPlan(
-        model=_fetch(model),
-        run_directory=_run_directory(None),
+        model=model_directory(model),
+        run_directory=run_directory(None),
         prefill=prefill,
         decode=decode,
         engine_flags=("--device", device),
@@ -114,20 +126,21 @@ def compare(
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help='JSON Lines of {"prompt": ...}. (default: a skewed load)')
     ] = "",
-    decode: Decode = 3,
-    prefill: Prefill = 1,
+    decode: local_options.Decode = 3,
+    prefill: local_options.Prefill = 1,
     dispatch: Annotated[DispatchPolicy, typer.Option(help="How decode instances are chosen.")] = "round_robin",
     requests: Annotated[int, typer.Option(min=1, help="How many.")] = 24,
     rate: Annotated[float, typer.Option(min=0.001, help="Requests per second, as a Poisson process.")] = 2.0,
     long_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of each long request.")] = 400,
     short_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of the others.")] = 40,
     slo_ttft: Annotated[float, typer.Option(min=0, help="Seconds that TTFT may take for goodput.")] = 4.0,
-    slo_tpot: Annotated[float, typer.Option(min=0, help="Seconds that TPOT may take for goodput.")] = 0.2,
-    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per instance.")] = 512,
+    slo_tpot: Annotated[float, typer.Option(min=0, help="Seconds that TPOT may take for goodput.")] = 0.5,
+    kv_memory_mib: local_options.KvMemoryMib = 512,
     round_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between rescheduling rounds.")] = 1.0,
+    predictor: local_options.Predictor = "",
     json_file: options.JsonFile = None,
-    model: Model = _DEFAULT_MODEL,
-    device: Device = "cpu",
+    model: local_options.Model = DEFAULT_MODEL,
+    device: local_options.Device = "cpu",
 ) -> None:
     """Put the same load on a local cluster under one rescheduling policy after another.
 
@@ -145,6 +158,8 @@ def compare(
     from starmesh.cli.run import CliError
     from starmesh.cli.skewed_load import SkewedLoad
 
+    predicting = Predicting(predictor=predictor)
+    predicting.check(dispatch)
     for policy in policies or ():
         if policy not in _POLICIES:
             raise typer.BadParameter(f"{policy!r} is none of {', '.join(_POLICIES)}", param_hint="POLICY")
@@ -156,13 +171,15 @@ def compare(
         fail(str(error))
     skewed = SkewedLoad(count=requests, period=decode, long_tokens=long_tokens, short_tokens=short_tokens)
     plan = ClusterPlan(
-        model=_fetch(model),
-        run_directory=_run_directory(None),
+        model=model_directory(model),
+        run_directory=run_directory(None),
         prefill=prefill,
         decode=decode,
-        engine_flags=_flags({"--device": device, "--kv-memory-mib": kv_memory_mib}),
-        router_flags=_flags({"--dispatch-policy": dispatch}),
-        rescheduler_flags=_flags({"--round-interval-s": round_interval}),
+        engine_flags=flags({"--device": device, "--kv-memory-mib": kv_memory_mib}),
+        router_flags=flags({"--dispatch-policy": dispatch}),
+        rescheduler_flags=flags({"--round-interval-s": round_interval}),
+        predict=predicting.on,
+        predictor_flags=predicting.flags,
     )
     console = Console()
     runs = run(
@@ -186,24 +203,13 @@ def compare(
 
 def fetch(
     *,
-    name: Annotated[str, typer.Argument(help="Default model, hub id (org/name) or directory.")] = _DEFAULT_MODEL,
+    name: Annotated[str, typer.Argument(help="Default model, hub id (org/name) or directory.")] = DEFAULT_MODEL,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing when it is here already.")] = False,
 ) -> None:
     """Download a model, unless it is on this machine already, and print its directory."""
-    directory = _fetch(name)
+    directory = model_directory(name)
     if not quiet:
         print(directory)
-
-
-def _fetch(name: str) -> Path:
-    from starmesh.model_files import ModelNotFound, fetch_model
-
-    try:
-        return fetch_model(name, progress=lambda line: print(line, file=sys.stderr))
-    except ModelNotFound as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def _check_port(port: int) -> None:
@@ -214,12 +220,3 @@ def _check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             fail(f"cannot listen on port {port}: {error.strerror}; name another with --port, or 0 for a free one")
-
-
-def _run_directory(wanted: Path | None) -> Path:
-    return wanted if wanted is not None else Path(tempfile.mkdtemp(prefix="starmesh-run-"))
-
-
-def _flags(values: dict[str, str | int | float]) -> tuple[str, ...]:
-    """Flags for the services."""
-    return tuple(part for flag, value in values.items() for part in (flag, str(value)))

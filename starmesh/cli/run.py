@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -45,6 +46,15 @@ def run(command: Coroutine[Any, Any, Result], *, address: str = "") -> Result:
         # not meet the broken pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+
+
+def cancel_on_signals() -> None:
+    """Let SIGINT and SIGTERM cancel the current task, as often as they come: the second cuts a slow stop short."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("signals are handled for a task")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def fail(message: str) -> NoReturn:

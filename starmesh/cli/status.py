@@ -13,12 +13,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from starmesh.cli.predictor_status import look_at_predictor, predictor_line
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.v1 import cluster_pb2
 
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "drained": "dim"}
 _STALE_S = 2.0
 _RATE_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 2.0
+_FRESH_TOKENS = ReschedulingConfig().max_prediction_age_tokens
+"""What rescheduling still believes."""
 
 
 class TokenRates:
@@ -50,6 +55,26 @@ class TokenRates:
         return rates
 
 
+class PredictorLook:
+    """The line on the predictor, asked for no oftener than it changes much."""
+
+    def __init__(self, router: RouterClient) -> None:
+        self._router = router
+        self._line: Text | None = None
+        self._next_s = 0.0
+
+    async def line(self, response: cluster_pb2.WatchClusterResponse) -> Text | None:
+        """None when the cluster has no predictor, or one that does not answer."""
+        if not any(instance.role == cluster_pb2.ROLE_PREDICTOR for instance in response.instances):
+            return None
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._next_s:
+            state = await look_at_predictor(self._router)
+            self._line = None if state is None else predictor_line(state)
+            self._next_s = asyncio.get_running_loop().time() + _LOOK_INTERVAL_S
+        return self._line
+
+
 def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, float]) -> RenderableType:
     """The instances, a line each, and a line on the router's requests."""
     # 80 columns hold it: no role, which is in the name of an instance unless an operator chose another.
@@ -60,7 +85,8 @@ def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, f
         table.add_column(heading, justify="right", no_wrap=True)
     for instance in response.instances:
         table.add_row(*_cells(instance, rates))
-    lines = [Text(f"{response.active_requests} requests active, {response.queued_requests} queued")]
+    active = response.active_requests
+    lines = [Text(f"{active} request{'s' * (active != 1)} active, {response.queued_requests} queued")]
     balanced = [instance.load for instance in response.instances if _takes_part(instance)]
     if len(balanced) > 1:
         lines.append(_balance(balanced))
@@ -74,7 +100,7 @@ def sequence_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("request", no_wrap=True)
     table.add_column("instance", no_wrap=True)
-    for heading in ("epoch", "prompt", "output", "limit", "resident", "remaining"):
+    for heading in ("epoch", "prompt", "output", "limit", "resident", "remaining", "upper", "age"):
         table.add_column(heading, justify="right", no_wrap=True)
     newest: dict[str, int] = {}
     decoding = [instance for instance in response.instances if instance.role == cluster_pb2.ROLE_DECODE]
@@ -86,11 +112,38 @@ def sequence_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType
             # A lost instance's last report still lists what has gone on elsewhere since.
             if sequence.epoch < newest[sequence.request_id]:
                 continue
-            remaining = str(sequence.remaining_tokens) if sequence.HasField("remaining_tokens") else "unknown"
             counts = (sequence.epoch, sequence.prompt_tokens, sequence.output_tokens, sequence.max_output_tokens)
-            resident = str(sequence.resident_tokens)
-            table.add_row(sequence.request_id, instance.instance_id, *map(str, counts), resident, remaining)
+            estimate: tuple[int | str, ...] = ("unknown",)
+            if sequence.HasField("remaining_tokens"):
+                estimate = (
+                    *(sequence.remaining_tokens, sequence.remaining_tokens_upper),
+                    sequence.prediction_age_tokens,
+                )
+            cells = (*counts, sequence.resident_tokens, *estimate)
+            table.add_row(sequence.request_id, instance.instance_id, *map(str, cells))
     return table
+
+
+def prediction_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType | None:
+    """What the decode instances hold now and will have held at their sequences' ends, a line each; None when no
+    sequence has an estimate. A sequence without one counts as it is."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("instance", no_wrap=True)
+    for heading in ("resident", "predicted", "sequences", "with a fresh estimate"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    predicted = False
+    for instance in response.instances:
+        if instance.role != cluster_pb2.ROLE_DECODE:
+            continue
+        sequences = instance.load.sequences
+        known = [sequence for sequence in sequences if sequence.HasField("remaining_tokens")]
+        predicted = predicted or bool(known)
+        resident = sum(sequence.resident_tokens for sequence in sequences)
+        remaining = sum(sequence.remaining_tokens for sequence in known)
+        fresh = sum(sequence.prediction_age_tokens <= _FRESH_TOKENS for sequence in known)
+        cells = (resident, resident + remaining, len(sequences), fresh)
+        table.add_row(instance.instance_id, *map(str, cells))
+    return table if predicted else None
 
 
 def spread(tokens: Sequence[int]) -> float:
@@ -125,12 +178,19 @@ async def observe(router: RouterClient, *, interval_s: float, sequences: bool = 
     request = cluster_pb2.WatchClusterRequest()
     request.interval.FromNanoseconds(int(interval_s * 1e9))
     rates = TokenRates()
+    look = PredictorLook(router)
     # A stream that is meant to last has no deadline; keepalive notices a router that has gone.
     call = router.cluster.WatchCluster(request)
     try:
         async for response in call:
-            table = cluster_table(response, rates.observe(response))
-            yield Group(table, "", sequence_table(response)) if sequences else table
+            parts = [cluster_table(response, rates.observe(response))]
+            if (line := await look.line(response)) is not None:
+                parts.append(line)
+            if (predictions := prediction_table(response)) is not None:
+                parts += ["", predictions]
+            if sequences:
+                parts += ["", sequence_table(response)]
+            yield Group(*parts)
     finally:
         call.cancel()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import signal
 from collections.abc import Callable
 
 import grpc.aio
@@ -14,7 +13,9 @@ from rich.live import Live
 from starmesh.cli.generate import generate
 from starmesh.cli.local_cluster import ClusterPlan, LocalCluster, start_cluster
 from starmesh.cli.options import Asking
+from starmesh.cli.predictor_status import describe, look_at_predictor
 from starmesh.cli.router import connect
+from starmesh.cli.run import cancel_on_signals
 from starmesh.cli.status import observe, show_status
 
 DEMO_PROMPT = "Explain in three sentences why the sky is blue."
@@ -28,15 +29,16 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool) -> None:
 
     Raises CliError as ``start_cluster``.
     """
-    _cancel_on_signals()
+    cancel_on_signals()
     try:
         with console.status("starting the cluster") as spinner:
-            async with start_cluster(plan, _reporter(console)) as cluster:
+            async with start_cluster(plan, reporter(console)) as cluster:
                 spinner.stop()
                 console.print(f"the cluster is ready at {cluster.address}; Ctrl-C stops it. In another terminal:")
                 console.print(
                     f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
                 )
+                await _tell_predictor(plan, cluster, console)
                 if cluster.ledger_socket:
                     console.print(f"other services join it with --ledger {cluster.ledger_socket}", soft_wrap=True)
                 try:
@@ -55,10 +57,10 @@ async def demo(plan: ClusterPlan, console: Console) -> None:
 
     Raises CliError as ``start_cluster``, AioRpcError when the cluster does not answer.
     """
-    _cancel_on_signals()
+    cancel_on_signals()
     asking = Asking(temperature=0.0, max_output_tokens=_DEMO_OUTPUT_TOKENS)
     with console.status("starting the cluster") as spinner:
-        async with start_cluster(plan, _reporter(console)) as cluster, connect(cluster.address) as router:
+        async with start_cluster(plan, reporter(console)) as cluster, connect(cluster.address) as router:
             spinner.stop()
             console.print(f"\n> {DEMO_PROMPT}", style="bold", highlight=False)
             await generate(router, DEMO_PROMPT, asking, timeout_s=_DEMO_TIMEOUT_S, quiet=False)
@@ -67,18 +69,19 @@ async def demo(plan: ClusterPlan, console: Console) -> None:
     console.print("the cluster has stopped")
 
 
-def _reporter(console: Console) -> Callable[[str], None]:
+async def _tell_predictor(plan: ClusterPlan, cluster: LocalCluster, console: Console) -> None:
+    if not plan.predict:
+        console.print("without a predictor: requests are placed and moved by what they hold now")
+        return
+    async with connect(cluster.address) as router:
+        state = await look_at_predictor(router)
+    if state is not None:
+        console.print(f"remaining tokens are predicted by {describe(state.status)}", highlight=False, markup=False)
+
+
+def reporter(console: Console) -> Callable[[str], None]:
     """Prints lines as they are: they hold paths and ends of logs, not markup."""
     return functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-
-
-def _cancel_on_signals() -> None:
-    """Let SIGINT and SIGTERM cancel the current task, as often as they come: the second cuts a slow stop short."""
-    task = asyncio.current_task()
-    if task is None:
-        raise RuntimeError("signals are handled for a task")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 async def _show(cluster: LocalCluster, console: Console) -> None:

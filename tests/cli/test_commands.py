@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import inspect
 import json
@@ -22,6 +23,7 @@ from starmesh.cli.app import app
 from starmesh.cli.bench import read_prompts
 from starmesh.cli.local_cluster import ClusterPlan
 from starmesh.cli.local_commands import DispatchPolicy, up
+from starmesh.cli.local_options import Predicting
 from starmesh.cli.options import Asking
 from starmesh.cli.run import CliError, explain
 from starmesh.cli.status import TokenRates, cluster_table
@@ -60,6 +62,10 @@ def test_help_loads_neither_grpc_nor_torch() -> None:
         ["up", "--queue", "-1"],
         ["up", "--transfer", "nosuch"],
         ["bench", "prompts.jsonl", "--rate", "0"],
+        ["up", "--predictor", "none", "--collect", "samples"],
+        ["up", "--predictor", "none", "--dispatch", "predicted_load"],
+        ["compare", "--predictor", "none", "--dispatch", "predicted_load"],
+        ["predictor", "promote"],
         ["no-such-command"],
     ],
 )
@@ -224,3 +230,28 @@ def test_the_ledgers_url_is_in_no_argument(tmp_path: Path) -> None:
     ]
     assert not any("secret" in flag for service in services for flag in service.flags)
     assert all(("--device" in service.flags) == (service.role in ("prefill", "decode")) for service in services)
+
+
+def test_without_a_predictor_decode_instances_look_for_none(tmp_path: Path) -> None:
+    plan = ClusterPlan(model=tmp_path, run_directory=tmp_path, predictor_flags=("--predictor", "mine"))
+    flags = {service.role: service.flags for service in plan.services("redis://here")}
+    assert flags["predictor"][-2:] == ("--predictor", "mine")
+    assert "--no-predict" not in flags["decode"]
+    without = dataclasses.replace(plan, predict=False).services("redis://here")
+    assert [service.role for service in without if "--no-predict" in service.flags] == ["decode", "decode"]
+    assert not any(service.role == "predictor" for service in without)
+
+
+def test_a_predictor_file_and_directories_are_named_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.safetensors").touch()
+    predicting = Predicting(predictor="mine.safetensors", collect=Path("samples"), collect_max_mib=7)
+    assert predicting.flags == (
+        *("--predictor", str(tmp_path / "mine.safetensors")),
+        *("--collect", str(tmp_path / "samples")),
+        *("--collect-max-mib", "7"),
+    )
+    assert Predicting(predictor="linear-3", collect_max_mib=7).flags == ("--predictor", "linear-3")
+    assert Predicting().flags == ()
