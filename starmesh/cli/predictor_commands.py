@@ -5,13 +5,14 @@ What they do is in the modules beside this one, imported only when they run: ``-
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from starmesh.cli import options
+from starmesh.cli import local_options, options
 from starmesh.cli.options import DEFAULT_ADDRESS
-from starmesh.cli.run import run
+from starmesh.cli.run import CliError, fail, run
 
 predictor_app = typer.Typer(help="Predict how many tokens requests still have to generate.", no_args_is_help=True)
 
@@ -54,3 +55,86 @@ def promote(
             await views.promote(router, version, Console())
 
     run(command(), address=address)
+
+
+@predictor_app.command()
+def collect(
+    *,
+    prompts: Annotated[str, typer.Argument(metavar="FILE", help='JSON Lines of {"prompt": ...}; .gz; - for stdin.')],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where samples go. What is there already is not asked again.")
+    ] = None,
+    router: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Use this running cluster, which collects already.")
+    ] = "",
+    requests: Annotated[int | None, typer.Option(min=1, help="How many in all. (default: all prompts)")] = None,
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
+    max_output_tokens: Annotated[
+        int, typer.Option("--max-output-tokens", "--max-tokens", "-n", min=1, max=2**31 - 1, help="Cuts an answer.")
+    ] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the prompts' order; the sampling goes by each request's name.")
+    ] = 0,
+    model: local_options.Model = local_options.DEFAULT_MODEL,
+    decode: Annotated[int, typer.Option(min=1, help="Decode instances.")] = 1,
+    device: local_options.Device = "cpu",
+    dtype: local_options.Dtype = "float32",
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch: the larger, the faster.")] = 64,
+    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for KV blocks, per decode instance.")] = 2048,
+    threads: local_options.Threads = 1,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight. (default: an eighth more than batches hold)")
+    ] = None,
+    max_mib: Annotated[int, typer.Option(min=1, help="Disk space that the samples may take.")] = 16384,
+    timeout: options.Timeout = 3600.0,
+    run_dir: local_options.RunDir = None,
+) -> None:
+    """Collect samples to train a predictor with: answer prompts on a local cluster and store hidden states, no text.
+
+    Interrupted by Ctrl-C, the same command goes on later. Request p12-0 is the first answer to line 12, from 0; its
+    sampling is seeded by that name.
+    """
+    from rich.console import Console
+
+    from starmesh.cli.bench import read_prompts
+    from starmesh.cli.collect import Conditions
+    from starmesh.cli.collect_command import collect_all
+    from starmesh.cli.collection import Collection, digest, plan_requests
+    from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.model_files import model_name
+
+    if out is None and not router:
+        raise typer.BadParameter("is needed, unless a running cluster collects (--router)", param_hint="--out")
+    where: ClusterPlan | str = router
+    try:
+        lines = read_prompts(prompts)
+        if out is not None and not router:
+            directory = local_options.model_directory(model)
+            Collection(
+                model=model_name(directory),
+                prompts_sha256=digest(lines),
+                max_output_tokens=max_output_tokens,
+                temperature=temperature,
+            ).keep(out)
+            where = ClusterPlan(
+                model=directory,
+                run_directory=local_options.run_directory(run_dir),
+                decode=decode,
+                engine_flags=local_options.flags({"--device": device, "--dtype": dtype, "--threads": threads}),
+                decode_flags=local_options.flags({"--max-sequences": max_sequences, "--kv-memory-mib": kv_memory_mib}),
+                # Requests wait for room as long as it takes, and stay where they are.
+                router_flags=local_options.flags({"--queue-timeout-s": timeout}),
+                rescheduler_flags=("--policy", "none"),
+                predictor_flags=local_options.Predicting(collect=out, collect_max_mib=max_mib).flags,
+            )
+    except CliError as error:
+        fail(str(error))
+    conditions = Conditions(
+        max_output_tokens=max_output_tokens,
+        temperature=temperature,
+        concurrency=concurrency or decode * (max_sequences + -(-max_sequences // 8)),
+        timeout_s=timeout,
+    )
+    planned = plan_requests(lines, requests=requests, samples_per_prompt=samples_per_prompt, seed=seed)
+    run(collect_all(where, planned, conditions, out, Console()), address=router)

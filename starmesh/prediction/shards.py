@@ -86,6 +86,16 @@ class SampledSequence:
         return self.hidden_states.nbytes + 4 * len(self.output_tokens) + 64
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSequence:
+    """What a stored sequence is known by without its hidden states."""
+
+    request_id: str
+    total_output_tokens: int
+    finished: bool
+    samples: int
+
+
 class ShardDirectory:
     """A directory of shards with one manifest. One process at a time writes into it.
 
@@ -155,6 +165,23 @@ def read_request_ids(directory: Path) -> set[str]:
     for path in shard_paths(directory):
         with _opened(path) as shard:
             found.update(_request_ids(path, shard))
+    return found
+
+
+def read_stored(directory: Path) -> list[StoredSequence]:
+    """Every stored sequence without its samples: fast, however many there are. Raises ShardError for a shard that
+    can't be read."""
+    found = []
+    for path in shard_paths(directory):
+        with _opened(path) as shard:
+            ids = _request_ids(path, shard)
+            if missing := {"output_tokens", "finished", "sample_counts"} - set(shard.keys()):
+                raise ShardError(f"{path} is no shard of samples: it lacks {sorted(missing)[0]!r}")
+            columns = [shard.get_tensor(name) for name in ("output_tokens", "finished", "sample_counts")]
+        found += [
+            StoredSequence(request_id, int(total), bool(finished), int(samples))
+            for request_id, total, finished, samples in zip(ids, *columns, strict=True)
+        ]
     return found
 
 
