@@ -81,14 +81,9 @@ def plan_requests(
     """
     order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
-    count = len(order) * samples_per_prompt if requests is None else requests
-    order = order[: -(-count // samples_per_prompt)]
-    planned = [
-        CollectionRequest(f"p{index}-{sample}", prompts[index])
-        for sample in range(samples_per_prompt)
-        for index in order
-    ]
-    return planned[:count]
+    # By prompts it is decided what is asked for, so that more requests only add to it; then it is asked in turn.
+    chosen = [(sample, place) for place in range(len(order)) for sample in range(samples_per_prompt)][:requests]
+    return [CollectionRequest(f"p{order[place]}-{sample}", prompts[order[place]]) for sample, place in sorted(chosen)]
 
 
 def left_out(planned: Sequence[CollectionRequest], stored: AbstractSet[str]) -> list[CollectionRequest]:
