@@ -66,4 +66,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             ticket=convert.ticket_pb(done.ticket) if done.ticket is not None else None,
             cached_tokens=done.cached_tokens,
             queue_duration=convert.duration_pb(done.queue_duration_s),
+            hidden_state=done.hidden_state,
+            hidden_layout=convert.hidden_layout_pb(done.hidden_layout) if done.hidden_layout is not None else None,
         )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from starmesh.engine.engine import EngineCore, SequenceOutput
 from starmesh.engine.scheduler import DuplicateRequest, SchedulingError, UnknownRequest
+from starmesh.instance.hidden_state import pack_hidden_state
 from starmesh.instance.instance import Instance
-from starmesh.types import FinishReason, InstanceState, KvTicket, SequenceSpec
+from starmesh.types import FinishReason, HiddenLayout, InstanceState, KvTicket, SequenceSpec
 
 
 class Draining(Exception):
@@ -29,13 +30,17 @@ class PrefillFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The first new token, and the blocks; ``ticket`` is None when the sequence ended with that token."""
+    """The first new token, and the blocks; ``ticket`` is None when the sequence ended with that token. ``hidden_state``
+    is that of the last token prefilled, packed, and laid out as ``hidden_layout``; empty, and None, when it ended, has
+    no use for one, or none are kept here."""
 
     token_id: int
     finish_reason: FinishReason | None
     ticket: KvTicket | None
     cached_tokens: int
     queue_duration_s: float
+    hidden_state: bytes = b""
+    hidden_layout: HiddenLayout | None = None
 
 
 class PrefillWorker:
@@ -92,8 +97,10 @@ class PrefillWorker:
         self._give_up(PrefillFailed("the instance is stopping"))
 
     async def _prefilled(self, spec: SequenceSpec, output: SequenceOutput) -> Prefilled:
-        ticket = None
+        ticket, hidden_state = None, b""
         if output.finish_reason is None:
+            if output.hidden_state is not None:
+                hidden_state = pack_hidden_state(output.hidden_state)
             try:
                 block_ids, resident_tokens = await self._instance.engine.call(lambda core: core.held(spec.request_id))
             except UnknownRequest:
@@ -108,6 +115,8 @@ class PrefillWorker:
             ticket=ticket,
             cached_tokens=output.cached_tokens,
             queue_duration_s=output.queue_duration_s,
+            hidden_state=hidden_state,
+            hidden_layout=self._instance.hidden_layout if hidden_state else None,
         )
 
     async def _drop(self, spec: SequenceSpec) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starmesh.types import KvLayout, SamplingParams
+from starmesh.types import HiddenLayout, KvLayout, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,8 @@ class BatchItem:
 
     Computes KV for ``token_ids``, which stand at positions ``start`` to ``start + len(token_ids) - 1``, into the
     blocks of ``block_ids`` (the whole block table, in order). ``history`` is set on items that sample: all tokens of
-    the sequence, prompt included, for penalties; its length is the position of the token to be sampled.
+    the sequence, prompt included, for penalties; its length is the position of the token to be sampled. An item that
+    samples may say ``wants_hidden_state``: that of its last token, which the step computes anyway.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class BatchItem:
     block_ids: Sequence[int]
     sampling: SamplingParams | None = None
     history: Sequence[int] | None = None
+    wants_hidden_state: bool = False
 
     @property
     def samples(self) -> bool:
@@ -46,8 +48,8 @@ class Batch:
 class StepResult:
     """``token_ids`` has one entry for each item: the sampled token, or None for an item that does not sample.
 
-    ``hidden_states`` is [sampling items, hidden] in order: the model's final hidden state at each sampling item's last
-    token, as the executor's own array type; None from executors without a model.
+    ``hidden_states`` is [items that want one, layers, width] in order, float32, as the executor's own array type: the
+    hidden state at the last token of each, laid out as ``Executor.hidden_layout``; None when nobody wants one.
     """
 
     token_ids: tuple[int | None, ...]
@@ -55,9 +57,13 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """Runs forwards over a KV pool of ``total_blocks`` blocks laid out as ``layout``. Called from one thread."""
+    """Runs forwards over a KV pool of ``total_blocks`` blocks laid out as ``layout``. Called from one thread.
+
+    ``hidden_layout`` describes the hidden states that it can return; None for one that keeps none: then no item may
+    want one."""
 
     layout: KvLayout
+    hidden_layout: HiddenLayout | None
     total_blocks: int
 
     def execute(self, batch: Batch) -> StepResult:

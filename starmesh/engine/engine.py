@@ -17,12 +17,14 @@ from starmesh.engine.batch import Batch, BatchItem, Executor, StepResult
 from starmesh.engine.block_pool import BlockPool, IntegrityError
 from starmesh.engine.scheduler import Chunk, Scheduler
 from starmesh.engine.sequence import Sequence, SequenceStatus
-from starmesh.types import FinishReason, InstanceLoad, SequenceSpec
+from starmesh.types import FinishReason, HiddenLayout, InstanceLoad, SequenceSpec
 
 logger = logging.getLogger(__name__)
 
 # Weight of the newest step in the exponential average of step times: about the last ten steps count.
 STEP_AVERAGE_WEIGHT = 0.1
+HIDDEN_EVERY_TOKENS = 20
+"""How often the paper (section Predictor) takes a sequence's hidden state while it decodes."""
 
 
 class StopChecker(Protocol):
@@ -36,7 +38,7 @@ class StopChecker(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Limits of an engine; see ``Scheduler`` for how they bind. ``eos_token_ids`` and ``max_sequence_tokens`` (the
-    context length) are the model's."""
+    context length) are the model's. Hidden states are taken at every ``hidden_every_tokens``-th output token."""
 
     eos_token_ids: frozenset[int]
     max_sequence_tokens: int
@@ -45,6 +47,11 @@ class EngineConfig:
     max_waiting_sequences: int = 256
     prefix_caching: bool = False
     watermark: float = 0.01
+    hidden_every_tokens: int = HIDDEN_EVERY_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.hidden_every_tokens < 1:
+            raise ValueError(f"hidden states are taken every 1 token or more, not {self.hidden_every_tokens}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +60,10 @@ class SequenceOutput:
 
     ``offset`` counts the output tokens before ``token_ids``. ``finish_reason`` is set when it ended, ``error`` when the
     engine gave it up because a step failed (it may be tried again elsewhere): in both cases nothing of it is left here.
-    ``hidden_state`` is [hidden], the final hidden state of the last token computed, in the executor's array type; it
-    may be a view of the step's array, so copy it to keep it. ``cached_tokens`` were found in the prefix cache and
-    ``queue_duration_s`` passed before its first step.
+    ``hidden_state`` is [layers, width] float32 in the executor's array type, at the last token computed, which is the
+    ``offset``-th output token (0: the prompt's last); None where none is due. It may be a view of the step's array, so
+    copy it to keep it. ``cached_tokens`` were found in the prefix cache and ``queue_duration_s`` passed before its
+    first step.
     """
 
     request_id: str
@@ -127,6 +135,11 @@ class EngineCore:
     def __repr__(self) -> str:
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         return f"<EngineCore running={running} waiting={waiting} {self._pool!r}>"
+
+    @property
+    def hidden_layout(self) -> HiddenLayout | None:
+        """What its hidden states are made of; None when it keeps none. May be read from any thread."""
+        return self._executor.hidden_layout
 
     @property
     def idle(self) -> bool:
@@ -236,8 +249,8 @@ class EngineCore:
             if chunk.sequence.queue_duration_s is None:
                 chunk.sequence.queue_duration_s = started_s - chunk.sequence.queued_at_s
         try:
-            result = self._executor.execute(Batch(tuple(map(_batch_item, schedule.chunks))))
-            sampled = _sampled(schedule.chunks, result)
+            batch = Batch(tuple(map(self._batch_item, schedule.chunks)))
+            sampled = _sampled(batch, self._executor.execute(batch))
         except Exception as error:
             # Out of memory included. What the step wrote is unknown, but only into blocks that are freed here.
             logger.exception("a step of %d sequences failed", len(schedule.chunks))
@@ -318,6 +331,28 @@ class EngineCore:
                 self._scheduler.hold(sequence)
         return outputs
 
+    def _batch_item(self, chunk: Chunk) -> BatchItem:
+        # The lists are the sequence's own, not copies: a long context would cost more to copy than to schedule. Nothing
+        # changes them until the step is over.
+        sequence = chunk.sequence
+        start = sequence.computed_tokens
+        catches_up = chunk.tokens == sequence.uncomputed_tokens
+        return BatchItem(
+            request_id=sequence.request_id,
+            token_ids=sequence.token_ids[start : start + chunk.tokens],
+            start=start,
+            block_ids=sequence.block_ids,
+            sampling=sequence.sampling,
+            history=sequence.token_ids if catches_up else None,
+            wants_hidden_state=catches_up and self._hidden_state_is_due(sequence),
+        )
+
+    def _hidden_state_is_due(self, sequence: Sequence) -> bool:
+        """At every k-th token, and where a prefill ends. A sequence that goes on to its limit is not predicted."""
+        if self._executor.hidden_layout is None or sequence.sampling.ignore_eos:
+            return False
+        return sequence.hold or sequence.output_tokens % self._config.hidden_every_tokens == 0
+
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         """Whether and why the sequence ends with this next token. The EOS token is part of the output, as in the
         ``generate`` of transformers."""
@@ -359,29 +394,16 @@ class EngineCore:
             self.check_integrity()
 
 
-def _batch_item(chunk: Chunk) -> BatchItem:
-    # The lists are the sequence's own, not copies: a long context would cost more to copy than to schedule. Nothing
-    # changes them until the step is over.
-    sequence = chunk.sequence
-    start = sequence.computed_tokens
-    catches_up = chunk.tokens == sequence.uncomputed_tokens
-    return BatchItem(
-        request_id=sequence.request_id,
-        token_ids=sequence.token_ids[start : start + chunk.tokens],
-        start=start,
-        block_ids=sequence.block_ids,
-        sampling=sequence.sampling,
-        history=sequence.token_ids if catches_up else None,
-    )
-
-
-def _sampled(chunks: tuple[Chunk, ...], result: StepResult) -> list[tuple[int, Any] | None]:
-    """Token and hidden state for each chunk, None for those that don't sample. Raises ValueError for a result that
-    does not match the batch."""
-    expected = [chunk.tokens == chunk.sequence.uncomputed_tokens for chunk in chunks]
-    if [token_id is not None for token_id in result.token_ids] != expected:
+def _sampled(batch: Batch, result: StepResult) -> list[tuple[int, Any] | None]:
+    """Token and hidden state for each item, None for those that don't sample. Raises ValueError for a result that does
+    not match the batch."""
+    if [token_id is not None for token_id in result.token_ids] != [item.samples for item in batch.items]:
         raise ValueError("the executor's tokens do not match the batch")
-    rows = iter(result.hidden_states) if result.hidden_states is not None else None
+    wanted = sum(item.wants_hidden_state for item in batch.items)
+    if wanted != (0 if result.hidden_states is None else len(result.hidden_states)):
+        raise ValueError("the executor's hidden states do not match the batch")
+    rows = iter(result.hidden_states) if wanted else iter(())
     return [
-        None if token_id is None else (token_id, None if rows is None else next(rows)) for token_id in result.token_ids
+        None if token_id is None else (token_id, next(rows) if item.wants_hidden_state else None)
+        for item, token_id in zip(batch.items, result.token_ids, strict=True)
     ]

@@ -25,7 +25,16 @@ from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.server import RpcServer
 from starmesh.transfer import PullResult
 from starmesh.transfer.ends import KvTransfer, open_transfer
-from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, KvTicket, Role, SequenceSpec, TransferBackend
+from starmesh.types import (
+    InstanceInfo,
+    InstanceLoad,
+    InstanceState,
+    KvTicket,
+    Role,
+    SequenceLoad,
+    SequenceSpec,
+    TransferBackend,
+)
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -48,11 +57,15 @@ class Instance:
     def __init__(self, settings: EngineSettings, role: Role, loaded: LoadedEngine, ledger: Ledger) -> None:
         self.instance_id = settings.instance_id
         self.layout = loaded.memory.layout
+        self.hidden_layout = loaded.hidden_layout
+        """What the hidden states of its sequences are made of; None when it keeps none."""
         self.engine = EngineThread(lambda: loaded.core, self._pass_on)
         self.server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
         self.ledger = ledger
         self.count_migrations: Callable[[], MigrationCounts] = MigrationCounts
         """Set by a service that migrates; what it counts is in each load, and no drain ends before all are over."""
+        self.foresee: Callable[[Sequence[SequenceLoad]], tuple[SequenceLoad, ...]] | None = None
+        """Set by a service that knows how long sequences will be: fills in what they are predicted to generate."""
         self.on_load: Callable[[InstanceLoad], None] | None = None
         """Set by a service that acts on loads: hears of each, on the event loop."""
         self._memory = loaded.memory
@@ -118,6 +131,7 @@ class Instance:
             incoming_migrations=counts.incoming,
             outgoing_migrations=counts.outgoing,
             migrated_sequences=counts.migrated,
+            sequences=load.sequences if self.foresee is None else self.foresee(load.sequences),
         )
         self._last_load, self._last_load_s = load, self._clock.now_s()
         if self.on_load is not None:

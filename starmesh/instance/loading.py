@@ -10,7 +10,7 @@ from starmesh.engine.engine import EngineConfig, EngineCore
 from starmesh.instance.settings import EngineSettings
 from starmesh.tokenizer import ModelTokenizer, StopMatcher
 from starmesh.transfer import BlockMemory
-from starmesh.types import SequenceSpec
+from starmesh.types import HiddenLayout, SequenceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,17 @@ class LoadedEngine:
     memory: BlockMemory
     max_sequence_tokens: int
 
+    @property
+    def hidden_layout(self) -> HiddenLayout | None:
+        """What its hidden states are made of; None when it keeps none."""
+        return self.core.hidden_layout
+
 
 def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bool) -> LoadedEngine:
     """Load the weights and set the KV pool up. Takes seconds: not for the event loop.
 
-    Raises UnsupportedModel, and ValueError when the device is not there or the memory holds no KV block.
+    Raises UnsupportedModel, and ValueError when the device or a hidden layer is not there or the memory holds no KV
+    block.
     """
     # Here and not above: they cost seconds, which a wrong flag should not.
     import torch
@@ -44,6 +50,7 @@ def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bo
         kv_memory_bytes=settings.kv_memory_mib * 1024 * 1024,
         block_tokens=settings.block_tokens,
         threads=settings.threads,
+        hidden_layers=settings.kept_layers,
     )
     tokenizer = ModelTokenizer.load(model_dir)
 
@@ -58,6 +65,7 @@ def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bo
         max_sequences=settings.max_sequences,
         max_waiting_sequences=settings.max_waiting,
         prefix_caching=prefix_caching,
+        hidden_every_tokens=settings.hidden_every_tokens,
     )
     core = EngineCore(executor, config, stop_checker=stop_checker, clock=WallClock())
     return LoadedEngine(core, executor.memory, max_sequence_tokens)

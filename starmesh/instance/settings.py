@@ -6,8 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from starmesh.engine.engine import HIDDEN_EVERY_TOKENS
 from starmesh.process import ServiceSettings
 from starmesh.types import TransferBackend
+
+NO_LAYERS = "none"
 
 
 class EngineSettings(ServiceSettings):
@@ -28,6 +31,14 @@ class EngineSettings(ServiceSettings):
     transfer_timeout_s: float = Field(30.0, gt=0, description="time that a pull may take")
     stall_timeout_s: float = Field(60.0, gt=0, description="time without a finished step until the engine must hang")
     kv_lease_s: float = Field(30.0, gt=0, description="how long KV is kept for whoever is to pull it")
+    hidden_layers: str = Field(
+        "",
+        description="layers whose output the predictor gets, by their numbers from 1, separated by commas; empty: the "
+        "middle one and the last; none: none. Prefill and decode instances need the same",
+    )
+    hidden_every_tokens: int = Field(
+        HIDDEN_EVERY_TOKENS, ge=1, description="tokens of a sequence between two of its hidden states"
+    )
 
     @field_validator("transfer")
     @classmethod
@@ -37,6 +48,21 @@ class EngineSettings(ServiceSettings):
         if unknown:
             raise ValueError(f"{', '.join(unknown)} unknown; use some of {', '.join(known)}, separated by commas")
         return value
+
+    @field_validator("hidden_layers")
+    @classmethod
+    def _layer_numbers(cls, value: str) -> str:
+        wrong = [number for number in value.split(",") if not number.isascii() or not number.isdigit()]
+        if value not in {"", NO_LAYERS} and wrong:
+            raise ValueError(f"{value!r} is not understood; give numbers of layers as in 15,30, or {NO_LAYERS}")
+        return value
+
+    @property
+    def kept_layers(self) -> tuple[int, ...] | None:
+        """The layers that ``hidden_layers`` names, in any order; None for the default."""
+        if self.hidden_layers == NO_LAYERS:
+            return ()
+        return tuple(map(int, self.hidden_layers.split(","))) if self.hidden_layers else None
 
     @property
     def transfer_backends(self) -> list[TransferBackend]:

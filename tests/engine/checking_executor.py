@@ -10,11 +10,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from starmesh.engine.batch import Batch, BatchItem, StepResult
-from starmesh.types import KvLayout
+from starmesh.types import HiddenLayout, KvLayout
 
 VOCABULARY = 23
 EOS = 0
+HIDDEN_LAYOUT = HiddenLayout("checking", (1, 2), 3)
 
 
 def kv(previous: int, token_id: int) -> int:
@@ -40,11 +44,18 @@ def reference_tokens(prompt_token_ids: Sequence[int], outputs: int) -> list[int]
     return generated
 
 
+def hidden_state(history: Sequence[int]) -> npt.NDArray[np.float32]:
+    """What the executor makes of a sequence's tokens: small whole numbers, which float16 holds exactly."""
+    last = [len(history), history[0], history[-1]]
+    return np.array([last, [-value for value in last]], dtype=np.float32)
+
+
 class CheckingExecutor:
     """Runs batches on ``total_blocks`` blocks of ``block_tokens`` slots, and checks that they make sense."""
 
     def __init__(self, total_blocks: int, block_tokens: int = 4, max_step_tokens: int = 1 << 30) -> None:
         self.layout = KvLayout("checking", "float32", 1, 1, 1, block_tokens)
+        self.hidden_layout: HiddenLayout | None = HIDDEN_LAYOUT
         self.total_blocks = total_blocks
         self.max_step_tokens = max_step_tokens
         self.blocks: list[list[int | None]] = [[None] * block_tokens for _ in range(total_blocks)]
@@ -70,11 +81,18 @@ class CheckingExecutor:
                 self._write(item, position, kv(previous, token_id))
         return StepResult(
             token_ids=tuple(self._sample(item) for item in batch.items),
-            hidden_states=[item.request_id for item in batch.items if item.samples],
+            hidden_states=self._hidden_states(batch),
         )
 
     def copy_block(self, block_id: int, source: CheckingExecutor, source_block_id: int) -> None:
         self.blocks[block_id] = list(source.blocks[source_block_id])
+
+    def _hidden_states(self, batch: Batch) -> npt.NDArray[np.float32] | None:
+        wanting = [item for item in batch.items if item.wants_hidden_state]
+        assert not wanting or self.hidden_layout is not None
+        states = [hidden_state(item.history) for item in wanting if item.history is not None]
+        assert len(states) == len(wanting)
+        return np.stack(states) if states else None
 
     def _sample(self, item: BatchItem) -> int | None:
         end = item.start + len(item.token_ids)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from starmesh.clock import VirtualClock
@@ -12,7 +14,7 @@ from starmesh.engine.batch import Batch, StepResult
 from starmesh.engine.engine import EngineConfig, EngineCore, SequenceOutput
 from starmesh.engine.scheduler import CapacityError, DuplicateRequest, QueueFull, UnknownRequest
 from starmesh.types import FinishReason, SamplingParams, SequenceSpec
-from tests.engine.checking_executor import EOS, CheckingExecutor, reference_tokens
+from tests.engine.checking_executor import EOS, CheckingExecutor, hidden_state, reference_tokens
 
 pytestmark = pytest.mark.fast
 
@@ -75,7 +77,7 @@ def free(core: EngineCore) -> bool:
     return core.load().free_blocks == core.load().total_blocks
 
 
-def test_a_sequence_runs_to_its_length_with_offsets_and_hidden_states() -> None:
+def test_a_sequence_runs_to_its_length_with_offsets() -> None:
     core = engine()
     assert core.step() == []
     core.add(spec())
@@ -83,9 +85,54 @@ def test_a_sequence_runs_to_its_length_with_offsets_and_hidden_states() -> None:
     assert tokens_of(outputs) == reference_tokens(LONG_PROMPT, 20)
     assert [output.offset for output in outputs] == list(range(20))
     assert [output.finish_reason for output in outputs] == [None] * 19 + [FinishReason.LENGTH]
-    assert {output.hidden_state for output in outputs} == {"a"}
+    assert all(output.hidden_state is None for output in outputs), "it ends at its limit, whatever is predicted"
     assert core.idle
     assert free(core)
+
+
+def test_hidden_states_come_at_every_kth_token_of_what_is_predicted() -> None:
+    core = engine(eos_token_ids=frozenset(), hidden_every_tokens=3)
+    core.add(spec(ignore_eos=False))
+    core.add(spec("recovered", (1, 2), outputs=(7, 8), ignore_eos=False))
+    core.add(spec("ignores", (1, 2)))
+    outputs = drain(core)
+    found = {
+        name: [output for output in outputs if output.request_id == name and output.hidden_state is not None]
+        for name in ("a", "recovered", "ignores")
+    }
+    assert [output.offset for output in found["a"]] == [0, 3, 6, 9, 12, 15, 18]
+    assert [output.offset for output in found["recovered"]] == [3, 6, 9, 12, 15, 18]
+    assert not found["ignores"]
+    tokens = [*LONG_PROMPT, *tokens_of(outputs)]
+    for output in found["a"]:
+        computed = tokens[: len(LONG_PROMPT) + output.offset]
+        assert np.array_equal(output.hidden_state, hidden_state(computed))
+
+
+def test_what_is_held_after_its_next_token_has_a_hidden_state() -> None:
+    core = engine(eos_token_ids=frozenset(), hidden_every_tokens=1000)
+    core.add(spec("fresh", ignore_eos=False), hold=True)
+    core.add(spec("recovered", outputs=(1, 2, 3), ignore_eos=False), hold=True)
+    core.add(spec("ignores"), hold=True)
+    outputs = {output.request_id: output for output in drain(core)}
+    assert np.array_equal(outputs["fresh"].hidden_state, hidden_state(LONG_PROMPT))
+    assert np.array_equal(outputs["recovered"].hidden_state, hidden_state([*LONG_PROMPT, 1, 2, 3]))
+    assert outputs["recovered"].offset == 3
+    assert outputs["ignores"].hidden_state is None
+
+
+def test_an_executor_that_keeps_none_is_asked_for_none() -> None:
+    executor = CheckingExecutor(100)
+    executor.hidden_layout = None
+    core = engine(executor, eos_token_ids=frozenset())
+    assert core.hidden_layout is None
+    core.add(spec(ignore_eos=False), hold=True)
+    assert [output.hidden_state for output in drain(core)] == [None]
+
+
+def test_hidden_states_are_taken_at_least_now_and_then() -> None:
+    with pytest.raises(ValueError, match="every 1 token or more, not 0"):
+        engine(hidden_every_tokens=0)
 
 
 def prompt_with_eos_at(offset: int) -> tuple[int, ...]:
@@ -287,12 +334,17 @@ def test_a_result_that_does_not_match_the_batch_is_a_failed_step() -> None:
         def execute(self, batch: Batch) -> StepResult:
             return StepResult(token_ids=(None,) * len(batch.items))
 
-    core = engine(Forgetful(20))
-    core.add(spec(prompt=(1, 2)))
-    (output,) = core.step()
-    assert output.error is not None
-    assert "do not match" in output.error
-    assert free(core)
+    class Secretive(CheckingExecutor):
+        def execute(self, batch: Batch) -> StepResult:
+            return replace(super().execute(batch), hidden_states=None)
+
+    for executor in (Forgetful(20), Secretive(20)):
+        core = engine(executor)
+        core.add(spec(prompt=(1, 2), ignore_eos=False))
+        (output,) = core.step()
+        assert output.error is not None
+        assert "do not match" in output.error
+        assert free(core)
 
 
 def test_a_failing_stop_checker_costs_its_own_sequence_only() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, T5Config
 
 from starmesh.engine.batch import Batch, BatchItem
 from starmesh.engine.model import BrokenLogits, TorchExecutor, UnsupportedModel
-from starmesh.types import SamplingParams
+from starmesh.types import HiddenLayout, SamplingParams
 from tests.engine.tiny_models import CONFIGS, SLIDING_WINDOW, VOCABULARY, save_tiny_model
 
 GREEDY = SamplingParams(max_output_tokens=64, temperature=0.0)
@@ -41,8 +41,11 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Runner:
     """Drives an executor with hand-made batches: several sequences, shuffled block tables, chunked prompts."""
 
-    def __init__(self, executor: TorchExecutor, prompts: list[list[int]], *, seed: int = 0) -> None:
+    def __init__(self, executor: TorchExecutor, prompts: list[list[int]], *, seed: int = 0, every: int = 1) -> None:
+        """Hidden states are wanted at every ``every``-th token of a sequence."""
         self.executor = executor
+        self.every = every
+        self.keeps = executor.hidden_layout is not None
         self.prompts = prompts
         self.tokens = [list(prompt) for prompt in prompts]
         self.done = [0] * len(prompts)
@@ -63,18 +66,23 @@ class Runner:
             block_ids=self.tables[index],
             sampling=sampling,
             history=tuple(tokens) if end == len(tokens) else None,
+            wants_hidden_state=self.keeps and end == len(tokens) and (len(tokens) + index) % self.every == 0,
         )
 
     def step(self, counts: dict[int, int], sampling: SamplingParams = GREEDY) -> None:
         items = [self.item(index, count, sampling) for index, count in counts.items()]
         result = self.executor.execute(Batch(tuple(items)))
-        rows = iter(result.hidden_states)
+        wanting = [item for item in items if item.wants_hidden_state]
+        assert (result.hidden_states is None) == (not wanting)
+        rows = iter(result.hidden_states if wanting else ())
         for index, item, token_id in zip(counts, items, result.token_ids, strict=True):
             self.done[index] += len(item.token_ids)
             assert (token_id is None) == (not item.samples)
             if token_id is not None:
                 self.tokens[index].append(token_id)
-                self.hidden_states[index].append(next(rows))
+                if item.wants_hidden_state:
+                    self.hidden_states[index].append(next(rows))
+        assert next(rows, None) is None
 
     def run_staggered(self, new_tokens: int) -> list[list[int]]:
         """Sequence i joins at step 2 i with chunks of i + 2 tokens; decode and prefill share steps."""
@@ -112,8 +120,66 @@ def test_ragged_chunked_batches_equal_generate(model_dir: Path, use_native: bool
         )[0, len(prompt) :].tolist()
         assert outputs[index] == wanted
         with torch.inference_mode():
-            states = reference.model(torch.tensor([prompt + wanted])).last_hidden_state[0, len(prompt) - 1 : -1]
+            stock = reference.model(torch.tensor([prompt + wanted]), output_hidden_states=True).hidden_states
+        # After one layer, the middle one, and after the last norm.
+        states = torch.stack([stock[layer][0, len(prompt) - 1 : -1] for layer in (1, 3)], dim=1)
         torch.testing.assert_close(torch.stack(runner.hidden_states[index]), states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_native", [True, False], ids=["native", "torch"])
+def test_keeping_hidden_states_changes_no_bit(model_dir: Path, use_native: bool) -> None:
+    """All layers, some, or none, at all tokens or some: the same logits, and the same states where they are kept."""
+    prompts = make_prompts(1, 5, 12)
+    logits: list[list[torch.Tensor]] = []
+    runners = []
+    for hidden_layers, every in (((), 1), ((1, 2, 3), 1), ((2,), 3), ((3,), 1)):
+        executor = load(model_dir, use_native=use_native, hidden_layers=hidden_layers)
+        executor.hf_model.get_output_embeddings().register_forward_hook(_recorder(logits))
+        runners.append(Runner(executor, prompts, every=every))
+        runners[-1].run_staggered(NEW_TOKENS)
+    none, every_layer, middle, last = runners
+    assert none.tokens == every_layer.tokens == middle.tokens == last.tokens
+    assert none.hidden_states == [[], [], []]
+    steps = len(logits) // len(runners)
+    for step in range(steps):
+        assert all(torch.equal(logits[step], logits[step + steps * n]) for n in range(1, len(runners)))
+    for index, prompt in enumerate(prompts):
+        states = torch.stack(every_layer.hidden_states[index])
+        assert states.shape == (NEW_TOKENS, 3, 64)
+        assert torch.equal(torch.stack(last.hidden_states[index]), states[:, 2:])
+        due = [row for row in range(NEW_TOKENS) if (len(prompt) + row + index) % 3 == 0]
+        assert torch.equal(torch.stack(middle.hidden_states[index]), states[due, 1:2])
+
+
+def _recorder(found: list[Any]) -> Any:
+    return lambda module, inputs, output: found.append(output.clone())
+
+
+def test_layers_that_are_not_there_are_refused(llama_dir: Path) -> None:
+    with pytest.raises(ValueError, match="hidden layers 4: the model has 3; name some of 1 to 3, or none"):
+        load(llama_dir, hidden_layers=(1, 4))
+    executor = load(llama_dir, hidden_layers=())
+    assert executor.hidden_layout is None
+    item = BatchItem("r", [1], 0, [0], GREEDY, (1,), wants_hidden_state=True)
+    with pytest.raises(ValueError, match="keeps none"):
+        executor.execute(Batch((item,)))
+
+
+def test_a_step_that_fails_leaves_no_rows_for_the_next(llama_dir: Path) -> None:
+    executor = load(llama_dir)
+    wanting = BatchItem("r", [3, 4, 5], 0, [0], GREEDY, (3, 4, 5), wants_hidden_state=True)
+    layer = executor.hf_model.model.layers[1]
+    hook = layer.register_forward_pre_hook(_fail)
+    with pytest.raises(MemoryError):
+        executor.execute(Batch((wanting,)))
+    hook.remove()
+    alone = executor.execute(Batch((BatchItem("r", [3], 0, [0], GREEDY, (3,)),)))
+    assert alone.hidden_states is None
+    assert executor.execute(Batch((wanting,))).hidden_states.shape == (1, 2, 64)
+
+
+def _fail(module: Any, inputs: Any) -> None:
+    raise MemoryError
 
 
 def test_logits_equal_the_stock_model(model_dir: Path) -> None:
@@ -121,8 +187,8 @@ def test_logits_equal_the_stock_model(model_dir: Path) -> None:
     executor = load(model_dir)
     items = (BatchItem("r", prompt[:20], 0, range(30, 40)), BatchItem("r", prompt[20:], 20, range(30, 40)))
     with torch.inference_mode():
-        executor._forward(items[:1], [0])
-        logits, _ = executor._forward(items[1:], [0])
+        executor._forward(items[:1], [0], [])
+        logits, _ = executor._forward(items[1:], [0], [])
         reference = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
         wanted = reference(torch.tensor([prompt])).logits[0, -1:]
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
@@ -150,7 +216,7 @@ def test_bfloat16_stays_close_to_the_stock_model(model_dir: Path, use_native: bo
     executor = load(model_dir, dtype="bfloat16", use_native=use_native)
     assert executor.memory.pool.dtype == torch.bfloat16
     with torch.inference_mode():
-        logits, _ = executor._forward((BatchItem("r", prompt, 0, range(8)),), [0])
+        logits, _ = executor._forward((BatchItem("r", prompt, 0, range(8)),), [0], [])
         stock = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager")
         wanted = stock(torch.tensor([prompt])).logits[0, -1:]
     torch.testing.assert_close(logits, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
@@ -197,13 +263,15 @@ def test_what_the_executor_says_of_the_model(llama_dir: Path) -> None:
     assert executor.context_tokens == 128
     assert executor.vocabulary_tokens == VOCABULARY
     assert executor.eos_token_ids == (5, 9)
+    assert executor.hidden_layout == HiddenLayout(layout.model_revision, (1, 3), 64)
+    assert executor.hidden_layout.state_bytes == 2 * 64 * 2
 
 
 def test_a_step_without_sampling_rows(llama_dir: Path) -> None:
     executor = load(llama_dir)
     result = executor.execute(Batch((BatchItem("r", [1, 2, 3], 0, [7]),)))
     assert result.token_ids == (None,)
-    assert result.hidden_states.shape == (0, 64)
+    assert result.hidden_states is None
 
 
 @pytest.mark.parametrize(
@@ -247,6 +315,8 @@ def test_a_family_without_tests_of_its_own_is_checked_against_the_stock_model(tm
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     executor = load(tmp_path / "gpt2")
     assert executor.layout.kv_heads == 4
+    assert executor.hidden_layout is not None
+    assert (executor.hidden_layout.layers, executor.hidden_layout.width) == ((1, 2), 64)
 
 
 def test_memory_is_given_one_way(llama_dir: Path) -> None:

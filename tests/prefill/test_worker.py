@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from services.prefill.worker import Prefilled, PrefillFailed, PrefillWorker, WrongModel
@@ -14,7 +16,7 @@ from starmesh.engine.engine import EngineCore
 from starmesh.engine.scheduler import CapacityError, DuplicateRequest, QueueFull
 from starmesh.ledger.memory import MemoryLedger
 from starmesh.types import Role, SequenceSpec
-from tests.engine.checking_executor import reference_tokens
+from tests.engine.checking_executor import HIDDEN_LAYOUT, hidden_state, reference_tokens
 from tests.engine.test_thread import GatedExecutor
 from tests.instance.running import Running, running_instance, spec
 
@@ -46,6 +48,27 @@ async def test_the_first_token_comes_with_leased_blocks(prefill: Running) -> Non
     assert len(done.ticket.block_ids) == 3
     drop(prefill, done)
     await prefill.nothing_left()
+
+
+async def test_the_hidden_state_at_the_last_token_comes_along(prefill: Running) -> None:
+    """Of the prompt's or, of a recovered sequence, of its outputs'; not of one that goes on to its limit anyway."""
+    for sequence in (predicted(spec("a")), predicted(spec("b", outputs=(5, 6, 7)))):
+        done = await prefill.worker.prefill(sequence, "checking")
+        expected = hidden_state([*sequence.prompt_token_ids, *sequence.output_token_ids])
+        assert np.array_equal(np.frombuffer(done.hidden_state, "<f2").reshape(2, 3), expected)
+        assert done.hidden_layout == HIDDEN_LAYOUT
+        assert len(done.hidden_state) == HIDDEN_LAYOUT.state_bytes
+        drop(prefill, done)
+    ignoring = await prefill.worker.prefill(spec("c"), "checking")
+    assert (ignoring.hidden_state, ignoring.hidden_layout) == (b"", None)
+    drop(prefill, ignoring)
+    ended = await prefill.worker.prefill(predicted(spec("d", limit=1)), "checking")
+    assert (ended.hidden_state, ended.hidden_layout) == (b"", None)
+    await prefill.nothing_left()
+
+
+def predicted(sequence: SequenceSpec) -> SequenceSpec:
+    return replace(sequence, sampling=replace(sequence.sampling, ignore_eos=False))
 
 
 async def test_a_sequence_that_ends_at_once_leaves_nothing(prefill: Running) -> None:
