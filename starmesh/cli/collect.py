@@ -44,6 +44,16 @@ class Conditions:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class CollectionRun:
+    """What became of the requests. ``stopped`` says why before the end, empty if it was not. ``collected_samples`` is
+    what the predictor has stored or is about to, None when there is none."""
+
+    tally: Tally
+    stopped: str
+    collected_samples: int | None
+
+
 def stored_in(directory: Path) -> list[StoredSequence]:
     """What is there already. Raises CliError for what can't be read."""
     try:
@@ -54,11 +64,11 @@ def stored_in(directory: Path) -> list[StoredSequence]:
 
 async def collect(
     where: ClusterPlan | str, planned: Sequence[CollectionRequest], conditions: Conditions, console: Console
-) -> tuple[Tally, str]:
+) -> CollectionRun:
     """Ask for all of ``planned`` on a new cluster, or on the router at an address that ``where`` is.
 
-    Returns what became of them and why it stopped before the end: empty if it did not. Ctrl-C stops it so; a second
-    one raises CancelledError. Raises CliError when the cluster does not come up, AioRpcError when no router answers.
+    Ctrl-C stops it, and a second one raises CancelledError. Raises CliError when the cluster does not come up,
+    AioRpcError when no router answers.
     """
     cancel_on_signals()
     task = asyncio.current_task()
@@ -86,8 +96,8 @@ async def collect(
             if not tally.done:
                 raise
             stopped = explain(error, address=address)
-        await _settle(router)
-    return tally, stopped
+        collected = await _settle(router)
+    return CollectionRun(tally, stopped, collected)
 
 
 @asynccontextmanager
@@ -108,18 +118,22 @@ async def _cluster(where: ClusterPlan | str, console: Console) -> AsyncIterator[
                     await keeping
 
 
-async def _settle(router: RouterClient) -> None:
-    """Wait until the predictor hears nothing new any more: samples and ends follow their tokens by some moments."""
+async def _settle(router: RouterClient) -> int | None:
+    """Wait until the predictor hears nothing new any more: samples and ends follow their tokens by some moments.
+    Returns how many samples it has collected by then, None without a predictor."""
     last: tuple[int, ...] = ()
+    collected: int | None = None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_SETTLE_TIMEOUT_S):
             while (state := await look_at_predictor(router)) is not None:
                 told = state.status
-                now = (told.predictions, told.dropped_samples, told.ended_sequences, told.collected_samples)
+                collected = told.collected_samples
+                now = (told.predictions, told.dropped_samples, told.ended_sequences, collected)
                 if now == last:
-                    return
+                    break
                 last = now
                 await asyncio.sleep(_SETTLE_POLL_S)
+    return collected
 
 
 @asynccontextmanager

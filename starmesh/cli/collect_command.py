@@ -34,11 +34,14 @@ async def collect_all(
     if not wanted:
         console.print(f"nothing is left to ask; next: starmesh predictor train {directory}", soft_wrap=True)
         return
-    tally, stopped = await collect(where, wanted, conditions, console)
+    ran = await collect(where, wanted, conditions, console)
+    tally, stopped = ran.tally, ran.stopped
     console.print(run_summary(tally))
     missing = 0
     if directory is None:
         console.print(lengths_summary(tally.lengths, tally.cut))
+        if not ran.collected_samples:
+            console.print("that cluster has stored no sample: `starmesh up --collect DIR` starts one that does")
     else:
         stored = stored_in(directory)
         size = sum(path.stat().st_size for path in shard_paths(directory))
