@@ -1,9 +1,10 @@
-"""Every span, span event and attribute name, once. Attributes follow OpenTelemetry's GenAI conventions where they
-exist (``gen_ai.*``); the rest is ``starmesh.*``."""
+"""Every span, span event, attribute and metric name, once. Attributes follow OpenTelemetry's GenAI conventions where
+they exist (``gen_ai.*``); the rest is ``starmesh.*``."""
 
 # Spans, in the order of a request's life. One trace per request.
 SPAN_GENERATE = "starmesh.generate"  # router: receipt to last message
 SPAN_DISPATCH = "starmesh.dispatch"  # router: wait for and choice of instances
+SPAN_ESTIMATE = "starmesh.estimate"  # router: ask the predictor, and choose the decode instance once more
 SPAN_PREFILL = "starmesh.prefill"  # prefill: queue, forward, first token
 SPAN_HANDOFF = "starmesh.handoff"  # decode: reserve blocks, pull KV, release the lease
 SPAN_DECODE = "starmesh.decode"  # decode: first step to finish, cancel or failure
@@ -23,6 +24,7 @@ EVENT_MOVED = "moved"  # router, decode: the request goes on at another decode i
 # Attributes.
 REQUEST_ID = "starmesh.request_id"
 EPOCH = "starmesh.epoch"
+REMAINING_TOKENS = "starmesh.remaining_tokens"  # as predicted: the median
 INSTANCE_ID = "starmesh.instance_id"
 PREFILL_INSTANCE = "starmesh.prefill_instance"
 DECODE_INSTANCE = "starmesh.decode_instance"
@@ -51,3 +53,22 @@ OPERATION = "gen_ai.operation.name"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
+VERSION = "starmesh.version"
+KIND = "starmesh.kind"
+REASON = "starmesh.reason"
+FINISHED = "starmesh.finished"
+PROGRESS = "starmesh.progress"  # the part of a request's output, as FROM-TO
+
+# Metrics of the predictor. Prometheus shows them with _ for the dots, and the unit at the end.
+METRIC_PREDICTIONS = "starmesh.predictor.predictions"
+METRIC_DROPPED_SAMPLES = "starmesh.predictor.dropped_samples"
+METRIC_ENDED_REQUESTS = "starmesh.predictor.ended_requests"
+METRIC_QUEUED_SAMPLES = "starmesh.predictor.queued_samples"
+METRIC_BATCH_SAMPLES = "starmesh.predictor.batch_samples"
+METRIC_PREDICTION_LATENCY = "starmesh.predictor.latency"
+METRIC_SAMPLE_AGE = "starmesh.predictor.sample_age"
+METRIC_PREDICTION_MAE = "starmesh.predictor.mae"
+METRIC_PREDICTION_COVERAGE = "starmesh.predictor.coverage"
+METRIC_ACTIVE_PREDICTOR = "starmesh.predictor.active"
+METRIC_COLLECTED_SAMPLES = "starmesh.predictor.collected_samples"
+METRIC_COLLECTED_BYTES = "starmesh.predictor.collected_bytes"

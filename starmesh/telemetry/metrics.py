@@ -1,0 +1,80 @@
+"""Metrics of a process, as a page that Prometheus scrapes.
+
+Owns the meter provider and the page. Owns neither instruments (each service's) nor names (``names``). Without an
+address there is no page, and every instrument is a no-op. The page is served by threads of its own: instruments that
+are read when it is asked for (gauges) are read there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opentelemetry.metrics import Meter, NoOpMeterProvider
+from opentelemetry.sdk.resources import Resource
+
+_SCOPE = "starmesh"
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """``meter`` makes the process's instruments; ``address`` is the page's HOST:PORT, empty without one. ``close`` ends
+    the page; call it in a thread, it waits for a scrape in progress."""
+
+    meter: Meter
+    address: str
+    close: Callable[[], None]
+
+
+def check_listen(listen: str, *, allow_plaintext: bool) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises ValueError for anything else, and for a host that is not loopback unless
+    ``allow_plaintext``."""
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 0xFFFF:
+        raise ValueError(f"{listen!r} is not HOST:PORT")
+    if not allow_plaintext and not _is_loopback(host):
+        raise ValueError(
+            f"{listen} is not a loopback address and the page is not encrypted; "
+            "use 127.0.0.1, or pass --allow-plaintext on a network that you trust"
+        )
+    return host.strip("[]"), int(port)
+
+
+def open_metrics(service: str, instance_id: str, *, listen: str, allow_plaintext: bool = False) -> Metrics:
+    """Serve the page at ``listen``, HOST:PORT, port 0 for any; empty: no page. Raises ValueError as ``check_listen``,
+    and OSError when the port is taken."""
+    if not listen:
+        return Metrics(NoOpMeterProvider().get_meter(_SCOPE), "", lambda: None)
+    host, port = check_listen(listen, allow_plaintext=allow_plaintext)
+    # Only where there is a page: importing these takes a tenth of a second.
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from opentelemetry.sdk.metrics import MeterProvider
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
+    resource = Resource.create({"service.name": f"starmesh-{service}", "service.instance.id": instance_id})
+    provider = MeterProvider([reader], resource)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        provider.shutdown()
+        raise OSError(f"cannot listen on {listen} for metrics: {error.strerror or error}") from None
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        provider.shutdown()
+
+    return Metrics(provider.get_meter(_SCOPE), f"{host}:{server.server_port}", close)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
