@@ -1,16 +1,40 @@
 """``python -m services.predictor``"""
 
 import asyncio
+from pathlib import Path
 
 from services.predictor.config import PredictorSettings
-from starmesh.instance.bare import serve_bare
+from services.predictor.opening import open_predictor
+from services.predictor.registry import PredictorFiles
+from services.predictor.servicer import PredictorServicer
+from starmesh.instance.bare import open_bare
+from starmesh.prediction.batch import Predictor
 from starmesh.process import run_service
+from starmesh.rpc.server import RpcServer
 from starmesh.types import Role
+from starmesh.v1 import predictor_pb2, predictor_pb2_grpc
+
+
+def _load(path: Path) -> Predictor:
+    raise ValueError(f"{path} cannot be loaded by this version")
+
+
+FILES = PredictorFiles(load=_load, shipped=lambda model_revision: None)
 
 
 async def serve(settings: PredictorSettings, stop: asyncio.Event) -> None:
-    """Serve health and hold a place in the ledger until ``stop``; the predictor does nothing more yet."""
-    await serve_bare(settings, Role.PREDICTOR, stop)
+    """Serve until ``stop``; then store what was collected."""
+    async with open_predictor(settings, FILES) as service:
+
+        def add_services(server: RpcServer) -> None:
+            server.add(
+                predictor_pb2_grpc.add_PredictorServiceServicer_to_server,
+                PredictorServicer(service),
+                predictor_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name,
+            )
+
+        async with open_bare(settings, Role.PREDICTOR, add_services=add_services):
+            await stop.wait()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -29,15 +29,22 @@ class BareInstance:
     ledger: Ledger
 
 
+def _health_only(server: RpcServer) -> None:
+    """Add no service."""
+
+
 @asynccontextmanager
-async def open_bare(settings: ServiceSettings, role: Role) -> AsyncIterator[BareInstance]:
-    """Serve and be registered within the context. Raises OSError when the port is taken and LedgerError when the ledger
-    does not answer."""
+async def open_bare(
+    settings: ServiceSettings, role: Role, *, add_services: Callable[[RpcServer], None] = _health_only
+) -> AsyncIterator[BareInstance]:
+    """Serve and be registered within the context; ``add_services`` adds to the server what it serves beside health.
+    Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
 
     async def load() -> InstanceLoad:
         return _NO_BLOCKS
 
     server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+    add_services(server)
     ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
     address = await server.start()
     info = InstanceInfo(
