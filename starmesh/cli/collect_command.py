@@ -41,7 +41,9 @@ async def collect_all(
     if directory is None:
         console.print(lengths_summary(tally.lengths, tally.cut))
         if not ran.collected_samples:
-            console.print("that cluster has stored no sample: `starmesh up --collect DIR` starts one that does")
+            console.print(
+                "no sample is stored so far: within a minute it is, if that cluster was started with --collect"
+            )
     else:
         stored = stored_in(directory)
         size = sum(path.stat().st_size for path in shard_paths(directory))

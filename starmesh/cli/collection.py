@@ -1,5 +1,5 @@
-"""What a collection asks: which prompts, how often, in which order, under which names and seeds. Pure but for the
-note of it that goes beside the samples.
+"""What a collection asks: which prompts, how often, in which order, under which names and seeds. Pure but for what
+is written beside the samples to be.
 
 A request's name is ``p<index>-<sample>``: the prompt's place in its file, counted from 0 without empty lines, and the
 number of the answer to it, from 0. Samples hold no text, so that training finds the prompt by that name alone. The
@@ -8,7 +8,6 @@ seed of the sampling follows from the name: the same command asks for the same a
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -18,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starmesh.cli.run import CliError
+from starmesh.model_files import model_name, model_revision
+from starmesh.prediction.shards import Manifest, ShardDirectory, ShardError
+from starmesh.types import HiddenLayout
 
-NOTE = "collection.json"
+NOTE = "prompts.sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +37,55 @@ class CollectionRequest:
         return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "big") >> 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collection:
-    """What all answers of a directory have in common. ``prompts_sha256`` is of the prompts' text, in their order."""
+def manifest_of(
+    model_directory: Path,
+    *,
+    hidden_layers: str,
+    every_tokens: int,
+    dtype: str,
+    max_output_tokens: int,
+    temperature: float,
+) -> Manifest:
+    """What the samples will have in common. ``hidden_layers`` is as an engine's flag, empty for its default: the middle
+    layer and the last. Raises CliError for a model whose configuration does not tell its sizes, and other layers."""
+    try:
+        config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)  # of a model that reads more than text
+        layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CliError(
+            f"config.json of {model_directory} does not tell the layers and their width: {error!r}"
+        ) from None
+    try:
+        wanted = {int(layer) for layer in hidden_layers.split(",")} if hidden_layers else {max(1, layers // 2), layers}
+    except ValueError:
+        wanted = set()
+    if not wanted or not all(1 <= layer <= layers for layer in wanted):
+        raise CliError(f"--hidden-layers {hidden_layers}: give some of 1 to {layers}, separated by commas")
+    return Manifest(
+        layout=HiddenLayout(model_revision(model_directory), tuple(sorted(wanted)), width),
+        model=model_name(model_directory),
+        dtype=dtype,
+        every_tokens=every_tokens,
+        sampling={"temperature": temperature},
+        max_output_tokens=max_output_tokens,
+    )
 
-    model: str
-    prompts_sha256: str
-    max_output_tokens: int
-    temperature: float
 
-    def keep(self, directory: Path) -> None:
-        """Note it in ``directory``, made if need be. Raises CliError when another collection is there, since names
-        would stand for other answers then, or nothing can be written."""
-        path = directory / NOTE
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                there = json.loads(path.read_text(encoding="utf-8"))
-                differing = [name for name, value in dataclasses.asdict(self).items() if there.get(name) != value]
-                if differing:
-                    raise CliError(
-                        f"{directory} has samples collected with another {' and '.join(differing)}; see its {NOTE}, "
-                        "or give another --out"
-                    )
-            else:
-                path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CliError(f"cannot use {directory}: {error.strerror}; give another --out") from error
-        except (ValueError, AttributeError) as error:
-            raise CliError(f"{path} is broken ({error}); remove it if the samples there are of this command") from error
+def prepare(directory: Path, manifest: Manifest, prompts_sha256: str) -> None:
+    """Have ``directory`` say what its samples will be, before there are any. Raises CliError when it holds others: of
+    another manifest, or of other prompts, since requests' names would stand for other answers then."""
+    note = directory / NOTE
+    try:
+        ShardDirectory(directory, manifest)
+        if not note.exists():
+            note.write_text(prompts_sha256 + "\n", encoding="utf-8")
+        elif note.read_text(encoding="utf-8").strip() != prompts_sha256:
+            raise CliError(f"{directory} holds answers to other prompts; give another --out")
+    except ShardError as error:
+        raise CliError(str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"cannot use {directory}: {error}; give another --out") from None
 
 
 def digest(prompts: Sequence[str]) -> str:

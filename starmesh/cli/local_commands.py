@@ -39,7 +39,7 @@ def up(
     predictor_dir: local_options.PredictorDir = None,
     predictor_metrics: local_options.PredictorMetrics = "",
     collect: local_options.CollectDir = None,
-    collect_max_mib: local_options.CollectMaxMib = 4096,
+    collect_max_mib: local_options.CollectMaxMib = 1024,
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append each round of rescheduling, to plan it again.")
     ] = None,

@@ -78,6 +78,10 @@ def collect(
     ] = 0,
     model: local_options.Model = local_options.DEFAULT_MODEL,
     decode: Annotated[int, typer.Option(min=1, help="Decode instances.")] = 1,
+    hidden_layers: Annotated[
+        str, typer.Option(metavar="LAYERS", help="As in 15,30. (default: the middle one and the last)")
+    ] = "",
+    every_tokens: Annotated[int, typer.Option(min=1, help="Tokens between two samples of a request.")] = 20,
     device: local_options.Device = "cpu",
     dtype: local_options.Dtype = "float32",
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch: the larger, the faster.")] = 64,
@@ -100,9 +104,8 @@ def collect(
     from starmesh.cli.bench import read_prompts
     from starmesh.cli.collect import Conditions
     from starmesh.cli.collect_command import collect_all
-    from starmesh.cli.collection import Collection, digest, plan_requests
+    from starmesh.cli.collection import digest, manifest_of, plan_requests, prepare
     from starmesh.cli.local_cluster import ClusterPlan
-    from starmesh.model_files import model_name
 
     if out is None and not router:
         raise typer.BadParameter("is needed, unless a running cluster collects (--router)", param_hint="--out")
@@ -111,17 +114,27 @@ def collect(
         lines = read_prompts(prompts)
         if out is not None and not router:
             directory = local_options.model_directory(model)
-            Collection(
-                model=model_name(directory),
-                prompts_sha256=digest(lines),
+            manifest = manifest_of(
+                directory,
+                hidden_layers=hidden_layers,
+                every_tokens=every_tokens,
+                dtype=dtype,
                 max_output_tokens=max_output_tokens,
                 temperature=temperature,
-            ).keep(out)
+            )
+            prepare(out, manifest, digest(lines))
+            engine: dict[str, str | int | float] = {
+                "--device": device,
+                "--dtype": dtype,
+                "--threads": threads,
+                "--hidden-layers": ",".join(map(str, manifest.layout.layers)),
+                "--hidden-every-tokens": every_tokens,
+            }
             where = ClusterPlan(
                 model=directory,
                 run_directory=local_options.run_directory(run_dir),
                 decode=decode,
-                engine_flags=local_options.flags({"--device": device, "--dtype": dtype, "--threads": threads}),
+                engine_flags=local_options.flags(engine),
                 decode_flags=local_options.flags({"--max-sequences": max_sequences, "--kv-memory-mib": kv_memory_mib}),
                 # Requests wait for room as long as it takes, and stay where they are.
                 router_flags=local_options.flags({"--queue-timeout-s": timeout}),

@@ -15,16 +15,15 @@ from typer.testing import CliRunner
 
 from starmesh.cli.app import app
 from starmesh.cli.collect_report import lengths_summary, progress_line, run_summary, span, stored_summary
-from starmesh.cli.collection import NOTE, Collection, CollectionRequest, digest, left_out, plan_requests
+from starmesh.cli.collection import CollectionRequest, digest, left_out, manifest_of, plan_requests, prepare
 from starmesh.cli.collection_run import Tally
 from starmesh.cli.run import CliError
-from starmesh.prediction.shards import Manifest, SampledSequence, ShardDirectory, read_stored
+from starmesh.model_files import model_revision
+from starmesh.prediction.shards import Manifest, SampledSequence, ShardDirectory, read_manifest, read_stored
 from starmesh.types import HiddenLayout
 from starmesh.v1 import inference_pb2, sequence_pb2
 
 pytestmark = pytest.mark.fast
-
-COLLECTION = Collection(model="tiny", prompts_sha256="ab12", max_output_tokens=64, temperature=0.7)
 
 
 def text_of(what: RenderableType) -> str:
@@ -80,19 +79,55 @@ def test_what_is_stored_is_left_out() -> None:
     assert {request.request_id for request in planned} - {request.request_id for request in left} == {"p0-0", "p3-1"}
 
 
-def test_a_directory_keeps_to_one_collection(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"num_hidden_layers": 5, "hidden_size": 4}')
+    return directory
+
+
+def manifest(model: Path, *, layers: str = "", temperature: float = 0.7) -> Manifest:
+    return manifest_of(
+        model,
+        hidden_layers=layers,
+        every_tokens=20,
+        dtype="float32",
+        max_output_tokens=64,
+        temperature=temperature,
+    )
+
+
+def test_the_manifest_says_what_samples_are_of(model: Path) -> None:
+    found = manifest(model)
+    assert found.layout == HiddenLayout(model_revision(model), (2, 5), 4)
+    assert (found.model, found.sampling, found.max_output_tokens) == ("model", {"temperature": 0.7}, 64)
+    assert manifest(model, layers="5,1,1").layout.layers == (1, 5)
+    for wrong in ("0", "6", "none", "1,,2"):
+        with pytest.raises(CliError, match="give some of 1 to 5"):
+            manifest(model, layers=wrong)
+
+
+def test_sizes_are_those_of_the_text_model(model: Path) -> None:
+    (model / "config.json").write_text('{"text_config": {"num_hidden_layers": 1, "hidden_size": 8}}')
+    assert (manifest(model).layout.layers, manifest(model).layout.width) == ((1,), 8)
+    (model / "config.json").write_text("{}")
+    with pytest.raises(CliError, match="does not tell the layers"):
+        manifest(model)
+
+
+def test_a_directory_keeps_to_one_collection(tmp_path: Path, model: Path) -> None:
     directory = tmp_path / "new" / "samples"
-    COLLECTION.keep(directory)
-    COLLECTION.keep(directory)
-    hotter = Collection(model="tiny", prompts_sha256="ab12", max_output_tokens=64, temperature=1.0)
-    with pytest.raises(CliError, match=r"another temperature; .* or give another --out"):
-        hotter.keep(directory)
-    (directory / NOTE).write_text("[")
-    with pytest.raises(CliError, match="is broken"):
-        COLLECTION.keep(directory)
+    prepare(directory, manifest(model), "ab12")
+    prepare(directory, manifest(model), "ab12")
+    assert read_manifest(directory) == manifest(model)
+    with pytest.raises(CliError, match="answers to other prompts; give another --out"):
+        prepare(directory, manifest(model), "ab13")
+    with pytest.raises(CliError, match=r"temperature.*use another directory"):
+        prepare(directory, manifest(model, temperature=1.0), "ab12")
     (tmp_path / "file").touch()
     with pytest.raises(CliError, match="give another --out"):
-        COLLECTION.keep(tmp_path / "file")
+        prepare(tmp_path / "file", manifest(model), "ab12")
 
 
 def test_prompts_are_told_apart_by_their_text() -> None:
@@ -146,8 +181,8 @@ def test_too_many_cut_answers_are_warned_of() -> None:
 
 
 def test_the_summary_is_of_all_that_is_stored(tmp_path: Path) -> None:
-    manifest = Manifest(layout=HiddenLayout("r", (1, 2), 4), model="tiny", dtype="float32", every_tokens=20)
-    shards = ShardDirectory(tmp_path, manifest)
+    layout = HiddenLayout("r", (1, 2), 4)
+    shards = ShardDirectory(tmp_path, Manifest(layout=layout, model="tiny", dtype="float32", every_tokens=20))
     for number, finished in enumerate([True, False]):
         states = np.zeros((3, 2, 4), dtype=np.float16)
         positions = np.array([0, 20, 40], dtype=np.int32)
