@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.router.cluster_predictor import promote_version, read_predictor
 from services.router.ledger_watch import LedgerWatch
 from services.router.operator_moves import follow_move, plan_move
 from services.router.owners import Owners
@@ -109,6 +110,19 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         # A caller that goes ends this call with its own; the migration goes on.
         async for progress in follow_move(move, order, timeout_s=context.time_remaining()):
             yield cluster_pb2.MigrateSequenceResponse(source_instance_id=source_id, progress=progress)
+
+    async def GetClusterPredictor(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.GetClusterPredictorRequest, context: Context
+    ) -> cluster_pb2.GetClusterPredictorResponse:
+        await self._watch.refresh()
+        return await read_predictor(self._watch.find_predictor(), timeout_s=context.time_remaining())
+
+    async def PromoteClusterPredictor(  # noqa: N802 - gRPC's name
+        self, request: cluster_pb2.PromoteClusterPredictorRequest, context: Context
+    ) -> cluster_pb2.PromoteClusterPredictorResponse:
+        await self._watch.refresh()
+        predictor = self._watch.find_predictor()
+        return await promote_version(predictor, request.version, timeout_s=context.time_remaining())
 
 
 def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:

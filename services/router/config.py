@@ -13,6 +13,9 @@ class RouterSettings(ServiceSettings):
 
     model: str = Field(DEFAULT_MODEL, description="directory, hub id or name of the model, for its tokenizer")
     dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
+    predictor_timeout_s: float = Field(
+        0.1, gt=0, le=10, description="seconds that dispatch by predicted_load waits for a prompt's prediction"
+    )
     view_interval_s: float = Field(0.2, gt=0.01, description="seconds between looks at the ledger")
     max_requests: int = Field(8192, ge=1, description="requests in flight, waiting ones included; more are refused")
     max_stream_requests: int = Field(1024, ge=1, description="requests in flight on one GenerateMany stream")

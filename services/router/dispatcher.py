@@ -1,8 +1,8 @@
 """Where a request runs: the ledger's view, the dispatch policy, and a reservation that the ledger has agreed to.
 
-Owns the requests that wait for room and what this router has reserved. Owns no policy (``starmesh.policy``), no look at
-the ledger (``ledger_watch``) and nothing that happens on an instance (``life``). With the ledger down it goes on by the
-last view and this router's own counts.
+Owns the requests that wait for room. Owns no policy (``starmesh.policy``), no reservation (``reservations``), no look
+at the ledger (``ledger_watch``) and nothing that happens on an instance (``life``). With the ledger down it goes on by
+the last view and this router's own counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ import grpc
 
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
-from starmesh.ledger import Ledger, LedgerError, ReservationRefused
-from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Room, Waiting
+from services.router.reservations import Reservations
+from starmesh.ledger import Ledger, ReservationRefused
+from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
 from starmesh.policy.dispatch import (
     POLICIES,
     Decision,
@@ -31,9 +31,7 @@ from starmesh.policy.dispatch import (
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import tracer
-from starmesh.types import InstanceInfo, KvLayout
-
-log = logging.getLogger(__name__)
+from starmesh.types import InstanceInfo, KvLayout, RemainingEstimate
 
 # Instances to ask in one turn when each has just filled up; then the next view says more.
 _MAX_REFUSALS = 3
@@ -63,7 +61,8 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """A request that wants a place. Of one that has ``started`` the client has part of the answer: it goes before all
-    others and waits until its deadline. Instances in ``avoid`` are chosen only where their role has no others."""
+    others and waits until its deadline. Instances in ``avoid`` are chosen only where their role has no others.
+    ``estimate`` is what it is predicted to generate still, as of now."""
 
     request_id: str
     need: Need
@@ -71,6 +70,7 @@ class Demand:
     priority: int = 0
     started: bool = False
     avoid: Set[str] = frozenset()
+    estimate: RemainingEstimate | None = None
 
 
 class Dispatcher:
@@ -78,21 +78,24 @@ class Dispatcher:
 
     def __init__(self, ledger: Ledger, watch: LedgerWatch, settings: RouterSettings) -> None:
         self.policy_name = settings.dispatch_policy
-        self._ledger = ledger
         self._watch = watch
         self._local = watch.local
         self._settings = settings
         self._policy = POLICIES[settings.dispatch_policy]
         self._config = DispatchConfig(admission=AdmissionConfig(headroom_tokens=settings.reserve_output_tokens))
+        self._reservations = Reservations(ledger, watch, self._config.admission, ttl_s=settings.reservation_ttl_s)
         self._memory = DispatchMemory()
         self._queue = AdmissionQueue(settings.queue_length)
         # Bounded by the requests in flight, of which none may be turned away any more.
         self._started_queue = AdmissionQueue(settings.max_requests)
         self._turns: dict[str, asyncio.Event] = {}
-        self._reserved: dict[str, str] = {}
-        self._moved: dict[str, str] = {}
         self._last_reason: NoPlacement | None = None
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def uses_estimates(self) -> bool:
+        """Whether a request's estimate may change where it goes."""
+        return self._policy.uses_estimates
 
     @property
     def queued_requests(self) -> int:
@@ -122,38 +125,33 @@ class Dispatcher:
             demand = dataclasses.replace(demand, avoid=frozenset())
             await asyncio.sleep(self._settings.view_interval_s)
 
+    async def place_better(self, demand: Demand, *, layout: KvLayout) -> InstanceInfo | None:
+        """Choose the decode instance of a placed request once more. Returns the new one, where the request has its
+        place now, or None if it keeps the one that it has: no other is better, or the better one does not take it."""
+        placed_id = self._reservations.place(demand.request_id)
+        choice = self._decide(demand, set(), layout).decode
+        if placed_id is None or choice is None or choice.instance_id == placed_id:
+            return None
+        found = self._watch.find(choice.instance_id)
+        if found is None or not await self._reservations.exchange(demand.request_id, choice):
+            return None
+        self.wake()
+        return found
+
     def prefilled(self, request_id: str, instance_id: str) -> None:
         """A prefill has ended, well or not: the request counts there no more."""
-        self._local.remove(request_id, instance_id)
+        self._reservations.prefilled(request_id, instance_id)
         self.wake()
 
     def moved(self, request_id: str, instance_id: str, need: Need) -> None:
-        """A request has moved to another decode instance, which has set blocks aside for it: it counts there until a
-        report includes it, and no more where it was. Asks nobody; what is reserved in the ledger where the request was
-        first goes with that instance's report as ever, or with ``release``."""
-        for former in (self._reserved.get(request_id), self._moved.pop(request_id, None)):
-            if former is not None:
-                self._local.remove(request_id, former)
-        for view in self._watch.view.instances:
-            if view.info.instance_id == instance_id:
-                self._local.add(request_id, instance_id, Room(view, self._config.admission).reserve_tokens(need))
-        self._moved[request_id] = instance_id
+        """A request has moved to another decode instance and counts there from now on."""
+        self._reservations.moved(request_id, instance_id, need)
         self.wake()
 
     async def release(self, request_id: str) -> None:
         """Drop what is reserved for a request."""
-        moved_to = self._moved.pop(request_id, None)
-        if moved_to is not None:
-            self._local.remove(request_id, moved_to)
-        instance_id = self._reserved.pop(request_id, None)
-        if instance_id is None:
-            return
-        self._local.remove(request_id, instance_id)
-        if self._watch.available:
-            # What cannot be released now expires.
-            with contextlib.suppress(LedgerError):
-                await self._ledger.release(request_id, instance_id)
-        self.wake()
+        if await self._reservations.release(request_id):
+            self.wake()
 
     def suspect(self, instance_id: str) -> None:
         """An instance failed a request: it gets none until it has reported anew."""
@@ -215,66 +213,50 @@ class Dispatcher:
             # One that the ledger has just found full is up: waiting for room is another matter than for an instance.
             self._last_reason = NoPlacement.NO_CAPACITY if full and decision.decode is None else decision.reason
             if decision.decode is None:
+                self._check_length(demand, decision)
                 return None
-            decode_id, tokens = decision.decode.instance_id, decision.decode.reserve_tokens
-            if self._reserved.get(demand.request_id, decode_id) != decode_id or demand.request_id in self._moved:
-                await self.release(demand.request_id)
-            # Counted before the ledger is asked, so that requests that come meanwhile go elsewhere.
-            self._reserved[demand.request_id] = decode_id
-            self._local.add(demand.request_id, decode_id, tokens)
-            if decision.prefill is not None:
-                self._local.add(demand.request_id, decision.prefill.instance_id, decision.prefill.reserve_tokens)
             try:
-                if self._watch.available:
-                    await self._ledger.reserve(
-                        demand.request_id,
-                        decode_id,
-                        tokens,
-                        limit_tokens=decision.decode.limit_tokens,
-                        ttl_s=self._settings.reservation_ttl_s,
-                    )
+                await self._reservations.make(demand.request_id, decision.decode, decision.prefill)
             except ReservationRefused:
-                full.add(decode_id)
-                self._unreserve(demand.request_id, decision)
+                full.add(decision.decode.instance_id)
                 continue
-            except LedgerError as error:
-                log.debug("no ledger to reserve in: %s", error)
-            except BaseException:
-                if decision.prefill is not None:
-                    self._local.remove(demand.request_id, decision.prefill.instance_id)
-                raise
-            infos = {view.info.instance_id: view.info for view in self._watch.view.instances}
-            if decode_id in infos and (decision.prefill is None or decision.prefill.instance_id in infos):
-                prefill = infos[decision.prefill.instance_id if decision.prefill is not None else decode_id]
-                return Placement(prefill, infos[decode_id])
-            self._unreserve(demand.request_id, decision)
+            decode = self._watch.find(decision.decode.instance_id)
+            prefill = self._watch.find(decision.prefill.instance_id) if decision.prefill is not None else decode
+            if decode is not None and prefill is not None:
+                return Placement(prefill, decode)
+            # They have gone while the ledger was asked.
+            if decision.prefill is not None:
+                self._reservations.prefilled(demand.request_id, decision.prefill.instance_id)
+            await self._reservations.release(demand.request_id)
         return None
 
-    def _unreserve(self, request_id: str, decision: Decision) -> None:
-        """Take back what ``_try`` counted for a decision that the ledger did not agree to."""
-        self._reserved.pop(request_id, None)
-        for choice in (decision.decode, decision.prefill):
-            if choice is not None:
-                self._local.remove(request_id, choice.instance_id)
-
     def _decide(self, demand: Demand, full: set[str], layout: KvLayout | None) -> Decision:
-        now_s = self._loop.time()
-        suspected = self._local.suspected(now_s, ledger_available=self._watch.available)
-        unusable = suspected | full
-        excluded = self._local.avoidable(demand.avoid, unusable) | unusable
-        view = self._local.corrected()
-        request = DispatchRequest(demand.request_id, demand.need, frozenset(excluded))
+        unusable = self._suspected() | full
+        placed_id = self._reservations.place(demand.request_id) or ""
+        view = self._local.corrected(without=demand.request_id if placed_id else "")
+        request = DispatchRequest(
+            demand.request_id,
+            demand.need,
+            frozenset(self._local.avoidable(demand.avoid, unusable) | unusable),
+            demand.estimate,
+            placed_id,
+        )
         if layout is None:
             decision, self._memory = self._policy.choose(view, request, self._memory, self._config)
         else:
             decision, self._memory = self._policy.choose_decode(
                 view, request, self._memory, self._config, layout=layout
             )
-        if decision.reason is NoPlacement.TOO_LONG and not suspected:
+        return decision
+
+    def _suspected(self) -> set[str]:
+        return self._local.suspected(self._loop.time(), ledger_available=self._watch.available)
+
+    def _check_length(self, demand: Demand, decision: Decision) -> None:
+        if decision.reason is NoPlacement.TOO_LONG and not self._suspected():
             raise NotPlaced.of(
                 bad_field("input", f"has {demand.need.tokens} tokens, more than any instance can hold; send fewer")
             )
-        return decision
 
     def _refusal(self) -> NotPlaced:
         if self._last_reason in _ABSENT:

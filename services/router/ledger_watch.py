@@ -41,6 +41,11 @@ class LedgerWatch:
                 return view.info
         return None
 
+    def find_predictor(self) -> InstanceInfo | None:
+        """The predictor to ask: of those that are up the one of the lowest id."""
+        up = (view.info for view in self.view.of_role(Role.PREDICTOR) if view.info.state is InstanceState.READY)
+        return min(up, key=lambda info: info.instance_id, default=None)
+
     async def run(self, on_view: Callable[[set[str]], Awaitable[None]]) -> None:
         """Look again and again, until cancelled. ``on_view`` gets the instances that have been missing from the ledger
         for more than a moment; none while it does not answer."""

@@ -10,26 +10,25 @@ prompt and output so far, and counter-based sampling draws the same token that t
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 
 import grpc
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from services.router.dispatcher import Demand, NotPlaced
+from services.router.dispatcher import NotPlaced
 from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Refused
 from services.router.follower import Follower
 from services.router.parts import Parts
 from services.router.retries import NO_CAPACITY, Retries
+from services.router.routed_sequence import RoutedSequence
 from services.router.validation import check_length
-from starmesh.policy.admission import Need
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import current_traceparent, tracer
+from starmesh.telemetry.setup import tracer
 from starmesh.types import InstanceInfo, SequenceSpec
-from starmesh.v1 import decode_pb2, inference_pb2, prefill_pb2, sequence_pb2
+from starmesh.v1 import inference_pb2, prefill_pb2
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,8 @@ class Life:
         self._request = request
         self._seed = seed
         self._loop = asyncio.get_running_loop()
-        self._spec: SequenceSpec
+        self._sequence: RoutedSequence
         self._eos_token_ids: frozenset[int] = frozenset()
-        self._avoid: set[str] = set()
         self._recovering = False
         settings = parts.settings
         give_up_s = self._loop.time() + settings.queue_timeout_s
@@ -90,7 +88,7 @@ class Life:
         flight.stream.max_output_tokens = sampling.max_output_tokens
         if not sampling.ignore_eos:
             self._eos_token_ids = facts.eos_token_ids
-        self._spec = SequenceSpec(
+        spec = SequenceSpec(
             request_id=flight.request_id,
             epoch=0,
             prompt_token_ids=prompt,
@@ -98,6 +96,7 @@ class Life:
             sampling=sampling,
             priority=self._request.priority,
         )
+        self._sequence = RoutedSequence(flight, spec)
 
     async def _generate(self) -> None:
         flight = self._flight
@@ -122,52 +121,71 @@ class Life:
             flight.recoveries += 1
             with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
                 recovery.set_attribute(names.RECOVERIES, flight.recoveries)
-                instance, ticket = await self._prefill()
+                instance, prefilled = await self._prefill()
         else:
-            instance, ticket = await self._prefill()
+            instance, prefilled = await self._prefill()
         tokens = len(flight.stream.token_ids)
         try:
             if not flight.ended:
-                await self._decode(instance, ticket)
+                instance = await self._choose_anew(instance, prefilled)
+                await self._decode(instance, prefilled)
         finally:
             # Nobody has decoded from these blocks: they need not wait for the end of their lease.
-            if ticket.lease_id and len(flight.stream.token_ids) == tokens:
-                self._parts.prefills.release(ticket)
+            if prefilled.ticket.lease_id and len(flight.stream.token_ids) == tokens:
+                self._parts.prefills.release(prefilled.ticket)
 
-    async def _prefill(self) -> tuple[InstanceInfo, sequence_pb2.KvTicket]:
-        """Dispatch and prefill. Returns the decode instance and the leased blocks; the first token is accepted."""
+    async def _prefill(self) -> tuple[InstanceInfo, prefill_pb2.PrefillResponse]:
+        """Dispatch and prefill. Returns the decode instance and what the prefill has; the first token is accepted."""
         flight, parts = self._flight, self._parts
-        stream = flight.stream
-        output = tuple(stream.token_ids)
-        placement = await parts.dispatcher.place(self._demand(flight.deadline_s))
+        output_tokens = len(flight.stream.token_ids)
+        # What was predicted from an earlier prefill has aged, and there will be another.
+        self._sequence.estimate = None
+        placement = await parts.dispatcher.place(self._sequence.demand(flight.deadline_s))
         try:
             epoch = await parts.owners.claim(flight.request_id, placement.decode.instance_id)
             flight.begin(epoch)
-            self._spec = dataclasses.replace(self._spec, epoch=epoch, output_token_ids=output)
-            layout = placement.prefill.layout
-            request = prefill_pb2.PrefillRequest(
-                sequence=convert.spec_pb(self._spec), model_revision=layout.model_revision if layout else ""
-            )
+            request = self._sequence.prefill(epoch, placement.prefill.layout)
             response = await parts.prefills.prefill(placement.prefill, request, timeout_s=self._instance_timeout_s())
         except StatusError:
-            self._avoid.add(placement.prefill.instance_id)
+            self._sequence.avoid.add(placement.prefill.instance_id)
             raise
         finally:
             parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
-        if not output:
+        if not output_tokens:
             flight.cached_tokens = response.cached_tokens
             trace.get_current_span().add_event(names.EVENT_FIRST_TOKEN)
-        flight.accept(epoch, len(output), [response.token_id], convert.finish_reason(response.finish_reason))
-        return placement.decode, response.ticket
+        flight.accept(epoch, output_tokens, [response.token_id], convert.finish_reason(response.finish_reason))
+        return placement.decode, response
 
-    async def _decode(self, instance: InstanceInfo, ticket: sequence_pb2.KvTicket) -> None:
+    async def _choose_anew(self, instance: InstanceInfo, prefilled: prefill_pb2.PrefillResponse) -> InstanceInfo:
+        """Where to decode after all, now that there is something to predict the length from; ``instance`` where the
+        policy has no use for it. The client has its first token already."""
+        flight, parts = self._flight, self._parts
+        if not parts.dispatcher.uses_estimates or self._sequence.spec.sampling.ignore_eos:
+            return instance
+        with tracer().start_as_current_span(names.SPAN_ESTIMATE) as span:
+            estimate = self._sequence.estimate = await parts.predictions.ask(self._sequence.spec, prefilled)
+            if estimate is None:
+                return instance
+            span.set_attribute(names.REMAINING_TOKENS, estimate.remaining_tokens)
+            layout = convert.layout(prefilled.ticket.layout)
+            better = await parts.dispatcher.place_better(self._sequence.demand(flight.deadline_s), layout=layout)
+            if better is None:
+                return instance
+            span.set_attribute(names.DECODE_INSTANCE, better.instance_id)
+            self._sequence.claimed(await parts.owners.claim(flight.request_id, better.instance_id))
+            return better
+
+    async def _decode(self, instance: InstanceInfo, prefilled: prefill_pb2.PrefillResponse) -> None:
         """Decode at ``instance`` and wherever the sequence moves, or at another while it refuses and the ticket is
         good. Returns at the end of the sequence; raises InstanceLost, or StatusError when it was given up."""
         flight, parts = self._flight, self._parts
+        ticket = prefilled.ticket
         lease_ends_s = self._loop.time() + convert.duration_s(ticket.lease_duration)
         tokens = len(flight.stream.token_ids)
         while not flight.ended:
-            stay = await self._follower.decode(instance, self._start(ticket))
+            start = self._sequence.start(prefilled, timeout_s=self._instance_timeout_s())
+            stay = await self._follower.decode(instance, start)
             match stay.outcome:
                 case Ended():
                     return
@@ -179,9 +197,9 @@ class Life:
                     self._after_move(stay.instance, status)
                     raise status
                 case Refused(status):
-                    self._avoid.add(instance.instance_id)
+                    self._sequence.avoid.add(instance.instance_id)
                     if status.code is grpc.StatusCode.FAILED_PRECONDITION:
-                        self._avoid.add(ticket.instance_id)
+                        self._sequence.avoid.add(ticket.instance_id)
                     untouched = status.code in NO_CAPACITY and len(flight.stream.token_ids) == tokens
                     if not untouched:
                         raise status
@@ -190,12 +208,11 @@ class Life:
                         raise status
                     try:
                         instance = await parts.dispatcher.place_decode(
-                            self._demand(lease_ends_s), layout=convert.layout(ticket.layout)
+                            self._sequence.demand(lease_ends_s), layout=convert.layout(ticket.layout)
                         )
                     except NotPlaced:
                         raise status from None
-                    epoch = await parts.owners.claim(flight.request_id, instance.instance_id)
-                    self._spec = dataclasses.replace(self._spec, epoch=epoch)
+                    self._sequence.claimed(await parts.owners.claim(flight.request_id, instance.instance_id))
 
     def _after_move(self, instance: InstanceInfo, status: StatusError) -> None:
         """An instance gave up a sequence that had moved, or was said to have moved, there."""
@@ -204,34 +221,10 @@ class Life:
             # It had not moved there after all, which is no fault of the instance.
             self._flight.migrations -= 1
         else:
-            self._avoid.add(instance.instance_id)
-
-    def _start(self, ticket: sequence_pb2.KvTicket) -> decode_pb2.StartSequence:
-        spec = dataclasses.replace(self._spec, output_token_ids=tuple(self._flight.stream.token_ids))
-        return decode_pb2.StartSequence(
-            sequence=convert.spec_pb(spec),
-            ticket=ticket,
-            timeout=convert.duration_pb(self._instance_timeout_s()),
-            traceparent=current_traceparent(),
-        )
+            self._sequence.avoid.add(instance.instance_id)
 
     def _instance_timeout_s(self) -> float:
         return max(0.0, self._flight.deadline_s - self._loop.time()) + _INSTANCE_SLACK_S
-
-    def _demand(self, deadline_s: float) -> Demand:
-        spec, stream = self._spec, self._flight.stream
-        output_tokens = len(stream.token_ids)
-        return Demand(
-            request_id=spec.request_id,
-            need=Need(
-                tokens=len(spec.prompt_token_ids) + output_tokens,
-                remaining_output_tokens=stream.max_output_tokens - output_tokens,
-            ),
-            deadline_s=min(deadline_s, self._flight.deadline_s),
-            priority=spec.priority,
-            started=output_tokens > 0,
-            avoid=frozenset(self._avoid),
-        )
 
     async def _after_refusal(self, error: StatusError) -> None:
         """Wait before the next turn. Raises StatusError to end the request."""

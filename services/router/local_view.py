@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Set
 from dataclasses import dataclass
 
+from starmesh.sequence_loads import SequenceLoads
 from starmesh.types import ClusterView, InstanceState, InstanceView, Reservation, Role
 
 # A report may be on its way while its sender dies: only one that is younger by this much speaks for its health.
@@ -109,28 +110,29 @@ class LocalView:
                 avoidable |= ready & avoid
         return avoidable
 
-    def corrected(self) -> ClusterView:
-        """The last view with this router's own requests counted in."""
+    def corrected(self, *, without: str = "") -> ClusterView:
+        """The last view with this router's own requests counted in, but for what the one named is reserved."""
         view = self.ledger_view
-        return ClusterView(view.now_s, tuple(self._with_pending(instance) for instance in view.instances))
+        return ClusterView(view.now_s, tuple(self._with_pending(instance, without) for instance in view.instances))
 
-    def _with_pending(self, instance: InstanceView) -> InstanceView:
+    def _with_pending(self, instance: InstanceView, without: str) -> InstanceView:
         pending = self._pending.get(instance.info.instance_id)
-        if not pending:
+        if not pending and not without:
             return instance
         now_s = self.ledger_view.now_s
         ours = tuple(
             Reservation(request_id, instance.info.instance_id, tokens, expires_at_s=now_s)
-            for request_id, tokens in pending.items()
+            for request_id, tokens in (pending or {}).items()
         )
-        return dataclasses.replace(instance, reservations=instance.reservations + ours)
+        counted = tuple(item for item in instance.reservations + ours if item.request_id != without)
+        return instance if counted == instance.reservations else dataclasses.replace(instance, reservations=counted)
 
 
 def _included(instance: InstanceView) -> set[str]:
     """The requests that a view counts at an instance already."""
     included = {reservation.request_id for reservation in instance.reservations}
     if instance.load is not None:
-        included.update(sequence.request_id for sequence in instance.load.sequences)
+        included.update(SequenceLoads.of(instance.load.sequences).request_ids)
     return included
 
 

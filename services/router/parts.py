@@ -10,6 +10,7 @@ from services.router.dispatcher import Dispatcher
 from services.router.ledger_watch import LedgerWatch
 from services.router.model import ServedModel
 from services.router.owners import Owners
+from services.router.predictions import Predictions
 from services.router.prefill_calls import PrefillCalls
 
 
@@ -24,3 +25,4 @@ class Parts:
     owners: Owners
     links: DecodeLinks
     prefills: PrefillCalls
+    predictions: Predictions

@@ -22,6 +22,7 @@ from services.router.ledger_watch import LedgerWatch
 from services.router.model import ServedModel
 from services.router.owners import Owners
 from services.router.parts import Parts
+from services.router.predictions import Predictions
 from services.router.prefill_calls import PrefillCalls
 from services.router.router import Router
 from services.router.servicer import InferenceServicer
@@ -49,6 +50,11 @@ class RouterProcess:
         self._settings = settings
         self._ledger = ledger
         self._prefills = PrefillCalls()
+        self._predictions = Predictions(
+            self.watch.find_predictor,
+            instance_id=settings.name_instance(Role.ROUTER.value),
+            timeout_s=settings.predictor_timeout_s,
+        )
         self._owners = Owners(ledger, ttl_s=settings.owner_ttl_s, available=lambda: self.watch.available)
         self.router = Router(
             Parts(
@@ -59,6 +65,7 @@ class RouterProcess:
                 owners=self._owners,
                 links=self.links,
                 prefills=self._prefills,
+                predictions=self._predictions,
             )
         )
         self._server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
@@ -124,6 +131,7 @@ class RouterProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.links.close()
         await self._prefills.close()
+        await self._predictions.close()
         if self._membership is not None:
             await self._membership.stop()
         log.info("stopped")
@@ -137,7 +145,9 @@ class RouterProcess:
         """Give up what hangs on instances whose lease has ended, and let those try that wait for room."""
         self.links.prune(missing, silent_s=self._settings.lease_ttl_s)
         self._prefills.lose(missing)
-        await self._prefills.retain([view.info for view in self.watch.view.instances])
+        instances = [view.info for view in self.watch.view.instances]
+        await self._prefills.retain(instances)
+        await self._predictions.retain(instances)
         self.dispatcher.wake()
 
 

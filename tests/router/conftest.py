@@ -24,6 +24,7 @@ from starmesh.types import ClusterView
 from starmesh.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sequence_pb2
 from tests.router.decode_peer import DecodePeer
 from tests.router.peers import CONTEXT, EOS, VOCABULARY, PrefillPeer, expected_tokens
+from tests.router.predictor_peer import PredictorPeer
 
 TIMEOUT_S = 20.0
 
@@ -105,6 +106,9 @@ class Mesh:
         peer = DecodePeer(self.ledger, f"decode-{len(self.decodes)}", **options)
         self.decodes.append(await self._stack.enter_async_context(peer))
         return peer
+
+    async def add_predictor(self, **options: Any) -> PredictorPeer:
+        return await self._stack.enter_async_context(PredictorPeer(self.ledger, **options))
 
     def generate(
         self, text: str = "hello", *, tokens: int = 20, timeout: float | None = TIMEOUT_S, **fields: Any

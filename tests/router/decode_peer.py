@@ -67,6 +67,7 @@ class DecodePeer(Peer, decode_pb2_grpc.DecodeServiceServicer):
         self.attached: list[tuple[str, int, int]] = []
         """What routers have asked for: request, epoch and offset."""
         self.traceparents: list[str] = []
+        self.started: list[decode_pb2.StartSequence] = []
         self.streams = 0
         self.running: dict[str, Running] = {}
         self.orders: list[decode_pb2.MigrateRequest] = []
@@ -167,6 +168,7 @@ class DecodePeer(Peer, decode_pb2_grpc.DecodeServiceServicer):
     def _start(self, start: decode_pb2.StartSequence, outbox: Outbox) -> None:
         spec = convert.spec(start.sequence)
         self.traceparents.append(start.traceparent)
+        self.started.append(start)
         self.specs.append(spec)
         if self.script:
             self._fail(spec.request_id, spec.epoch, len(spec.output_token_ids), self.script.popleft(), outbox)

@@ -34,6 +34,7 @@ from starmesh.types import (
 from starmesh.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
+    predictor_pb2,
     prefill_pb2,
     prefill_pb2_grpc,
     transfer_pb2,
@@ -41,6 +42,7 @@ from starmesh.v1 import (
 )
 
 LAYOUT = KvLayout(model_revision="rev", dtype="float32", layers=1, kv_heads=1, head_dim=4, block_tokens=16)
+HIDDEN_LAYOUT = predictor_pb2.HiddenLayout(model_revision="rev", layers=[1], width=1)
 EOS = 2
 VOCABULARY = 128
 CONTEXT = 512
@@ -177,6 +179,8 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
         self.gate.set()
         self.cancelled: list[str] = []
         self.lease_s = 30.0
+        self.hidden_state = b""
+        """What is sent of the last token's."""
         self.released: list[str] = []
         service = transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name
         self.server.add(transfer_pb2_grpc.add_TransferServiceServicer_to_server, _Leases(self), service)
@@ -214,5 +218,7 @@ class PrefillPeer(Peer, prefill_pb2_grpc.PrefillServiceServicer):
             token_id=token_id,
             finish_reason=convert.finish_reason_pb(finish),
             ticket=convert.ticket_pb(ticket) if finish is None else None,
+            hidden_state=self.hidden_state if finish is None else b"",
+            hidden_layout=HIDDEN_LAYOUT if finish is None and self.hidden_state else None,
             cached_tokens=3,
         )

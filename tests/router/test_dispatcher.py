@@ -59,7 +59,7 @@ async def test_a_request_that_moves_is_counted_where_it_is() -> None:
     assert counted(watch) == {source: 0, first: 0, second: 0}
     dispatcher.moved("r", "not in the view", Need(tokens=30, remaining_output_tokens=20))
     await dispatcher.release("r")
-    assert (dispatcher._reserved, dispatcher._moved, watch.local._pending) == ({}, {}, {})
+    assert (dispatcher._reservations._places, dispatcher._reservations._moved, watch.local._pending) == ({}, {}, {})
 
 
 async def test_a_request_that_is_placed_anew_after_a_move_counts_once() -> None:
@@ -75,7 +75,7 @@ async def test_a_request_that_is_placed_anew_after_a_move_counts_once() -> None:
     await dispatcher.place(demand)
     at = [name for name, tokens in counted(watch).items() if tokens]
     assert len(at) == 1
-    assert dispatcher._moved == {}
+    assert dispatcher._reservations._moved == {}
     await dispatcher.release("r")
     await watch.refresh()
     assert counted(watch) == {"d0": 0, "d1": 0}
