@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from services.predictor.config import PredictorSettings
 from services.router.config import RouterSettings
 from starmesh.cli.app import app
 from starmesh.cli.bench import read_prompts
@@ -25,6 +26,7 @@ from starmesh.cli.local_cluster import ClusterPlan
 from starmesh.cli.local_commands import DispatchPolicy, up
 from starmesh.cli.local_options import Predicting
 from starmesh.cli.options import Asking
+from starmesh.cli.predictor_commands import collect
 from starmesh.cli.run import CliError, explain
 from starmesh.cli.status import TokenRates, cluster_table
 from starmesh.instance.settings import EngineSettings
@@ -86,7 +88,13 @@ def test_defaults_of_up_are_those_of_the_services() -> None:
     assert ours["transfer"] == EngineSettings.model_fields["transfer"].default
     assert ours["dispatch"] == RouterSettings.model_fields["dispatch_policy"].default
     assert ours["queue"] == RouterSettings.model_fields["queue_length"].default
+    assert ours["collect_max_mib"] == PredictorSettings.model_fields["collect_max_mib"].default
     assert set(get_args(DispatchPolicy)) == set(POLICIES)
+
+
+def test_samples_are_collected_as_often_as_the_predictor_gets_them() -> None:
+    ours = inspect.signature(collect).parameters["every_tokens"].default
+    assert ours == EngineSettings.model_fields["hidden_every_tokens"].default
 
 
 def test_a_taken_port_is_found_before_anything_starts() -> None:
