@@ -49,6 +49,16 @@ def test_own_requests_count_until_the_instance_reports_them() -> None:
     assert reserved(local) == []
 
 
+def test_one_request_can_be_left_out() -> None:
+    held = tuple(Reservation(name, "d", 40, expires_at_s=200) for name in ("r", "s"))
+    local = seen(dataclasses.replace(instance(), reservations=held), instance("e"))
+    local.add("r", "e", 40)
+    local.add("t", "e", 40)
+    left = {view.info.instance_id: view.reservations for view in local.corrected(without="r").instances}
+    assert [item.request_id for item in (*left["d"], *left["e"])] == ["s", "t"]
+    assert sorted(reserved(local)) == ["r", "r", "s", "t"]
+
+
 def test_removed_requests_count_no_more() -> None:
     local = seen(instance())
     local.add("r", "d", 40)
