@@ -1,4 +1,4 @@
-"""Places of requests, in the ledger and in this router's counts: whatever happens, none is forgotten and none is left."""
+"""Places of requests, in the ledger and in this router's counts: none is forgotten, none is left."""
 
 from __future__ import annotations
 
