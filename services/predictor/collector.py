@@ -19,7 +19,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
 from services.predictor.intake import End, Samples
 from starmesh.clock import WallClock
@@ -30,6 +29,7 @@ from starmesh.prediction.shards import (
     ShardDirectory,
     ShardError,
     read_manifest,
+    read_stored,
     shard_paths,
 )
 from starmesh.types import HiddenLayout
@@ -202,15 +202,8 @@ def _stored(directory: Path) -> tuple[int, int]:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / MANIFEST).exists():
         read_manifest(directory)
-    samples = size = 0
-    for path in shard_paths(directory):
-        try:
-            with safe_open(path, framework="numpy") as shard:
-                samples += int(shard.get_slice("sample_output_tokens").get_shape()[0])
-        except Exception as error:  # safetensors raises a type of its own that it does not export everywhere
-            raise ShardError(f"{path} cannot be read ({error}); remove it") from None
-        size += path.stat().st_size
-    return samples, size
+    size = sum(path.stat().st_size for path in shard_paths(directory))
+    return sum(sequence.samples for sequence in read_stored(directory)), size
 
 
 def _manifest(directory: Path, layout: HiddenLayout) -> Manifest:
