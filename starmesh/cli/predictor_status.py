@@ -16,10 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.cli.run import CliError
 from starmesh.prediction.batch import UPPER_QUANTILE
+from starmesh.rpc.status import from_rpc_error
 from starmesh.v1 import cluster_pb2, predictor_pb2
 
 _LOOK_TIMEOUT_S = 1.0
+_FIELD = "version: "
 
 
 async def show_predictor(router: RouterClient, console: Console) -> None:
@@ -40,10 +43,17 @@ async def predictor_json(router: RouterClient) -> str:
 
 
 async def promote(router: RouterClient, version: str, console: Console) -> None:
-    """Have ``version`` answer from now on. Raises AioRpcError when it cannot."""
-    response = await router.cluster.PromoteClusterPredictor(
-        cluster_pb2.PromoteClusterPredictorRequest(version=version), timeout=CALL_TIMEOUT_S
-    )
+    """Have ``version`` answer from now on. Raises CliError for a version that is not there, AioRpcError when the
+    predictor is not, or does not take the version."""
+    try:
+        response = await router.cluster.PromoteClusterPredictor(
+            cluster_pb2.PromoteClusterPredictorRequest(version=version), timeout=CALL_TIMEOUT_S
+        )
+    except grpc.aio.AioRpcError as error:
+        status = from_rpc_error(error)
+        if status.message.startswith(_FIELD):
+            raise CliError(f"version {version} {status.message.removeprefix(_FIELD)}") from None
+        raise
     console.print(f"{response.instance_id} answers with {describe(response.status)}", highlight=False, markup=False)
 
 

@@ -130,6 +130,24 @@ class TestRunningCluster:
         closed = call(up, "bench", str(prompts), "--concurrency", "2", *flags, "--slo-ttft", "0")
         assert "0 good" in closed.stdout
 
+    def test_the_predictor_tells_its_state(self, up: Up) -> None:
+        up.wait_for("remaining tokens are predicted by ")
+        assert "answers with" in call(up, "predictor", "status").stdout
+        content = json.loads(call(up, "predictor", "status", "--json").stdout)
+        assert content["instance_id"] == "predictor-0"
+        done = call(up, "predictor", "promote", "no-such-version", code=1)
+        assert done.stderr.startswith("starmesh: version no-such-version is not here; it can be one of ")
+        assert done.stderr.count("\n") == 1
+
+    def test_a_running_cluster_answers_a_collection(self, up: Up, tmp_path: Path) -> None:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+        command = starmesh("predictor", "collect", str(prompts), "--router", up.address, "-n", "30")
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 of 2 requests, 0 finished, 2 cut" in done.stdout
+        assert "no sample is stored so far" in done.stdout
+
     def test_a_bad_value_is_one_line_naming_the_field(self, up: Up) -> None:
         done = call(up, "generate", "Hello", "--temperature", "-1", code=1)
         assert done.stderr.startswith("starmesh: the request is not valid: sampling.temperature")
