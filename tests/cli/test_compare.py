@@ -66,6 +66,8 @@ def test_the_policies_stand_side_by_side_and_on_one_scale() -> None:
     assert "none" in shown and "star_plus" in shown
     lines = {line.split("|")[0].strip(): line.split("|")[1] for line in shown.splitlines() if "|" in line}
     assert "█" in lines["none"] and "█" not in lines["star_plus"]
+    (within,) = (line for line in shown.splitlines() if line.startswith("within TTFT 2 s and TPOT 1 s"))
+    assert within.split()[-2:] == ["100%", "100%"]
     (moved,) = (line for line in shown.splitlines() if line.startswith("sequences moved"))
     assert moved.split()[-2:] == ["0", "0"]  # moves are counted from the first moment on
 
