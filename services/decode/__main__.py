@@ -15,7 +15,7 @@ from starmesh.v1 import decode_pb2, decode_pb2_grpc
 async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``, then drain within the grace period."""
     instance = await open_instance(settings, Role.DECODE, prefix_caching=False)
-    worker = DecodeWorker(instance, settings.migrator)
+    worker = DecodeWorker(instance, settings.migrator, settings.predictor)
     instance.on_load = Evacuator(instance, worker.migrator, settings.evacuation).look
     instance.server.add(
         decode_pb2_grpc.add_DecodeServiceServicer_to_server,

@@ -10,6 +10,9 @@ from starmesh.migration.terms import Limits
 from starmesh.policy.rescheduling import ReschedulingConfig
 
 MAX_MIGRATIONS = 4
+# Estimates are renewed about once a second: an answer that takes longer is hardly worth waiting for.
+PREDICTOR_TIMEOUT_S = 1.0
+PREDICTOR_QUEUE_SAMPLES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,22 @@ class EvacuationConfig:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictorConfig:
+    """How an instance asks the predictor.
+
+    A call may take ``timeout_s``. At most ``queue_samples`` samples, and as many ends of sequences, wait for the next.
+    After a failure the predictor is left alone for ``first_pause_s``, doubled each time up to ``longest_pause_s``;
+    after a refusal, which a person has to see to, for ``refused_pause_s``.
+    """
+
+    timeout_s: float = PREDICTOR_TIMEOUT_S
+    queue_samples: int = PREDICTOR_QUEUE_SAMPLES
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 5.0
+    refused_pause_s: float = 30.0
+
+
 class DecodeSettings(EngineSettings):
     """An engine instance without a prefix cache: its prompts come with their KV."""
 
@@ -58,6 +77,28 @@ class DecodeSettings(EngineSettings):
     relief_horizon_s: float = Field(
         2.0, gt=0, description="seconds ahead that its blocks must suffice for, or sequences move away"
     )
+
+    predict: bool = Field(True, description="send hidden states to the cluster's predictor")
+    predictor_timeout_s: float = Field(
+        PREDICTOR_TIMEOUT_S, gt=0, description="time that a call to the predictor may take"
+    )
+    predictor_queue: int = Field(
+        PREDICTOR_QUEUE_SAMPLES,
+        ge=1,
+        description="samples that may wait for the predictor; the oldest goes for one more",
+    )
+
+    @property
+    def kept_layers(self) -> tuple[int, ...] | None:
+        """As for any engine instance; none when nobody is asked for predictions."""
+        return super().kept_layers if self.predict else ()
+
+    @property
+    def predictor(self) -> PredictorConfig | None:
+        """How it asks the predictor; None when it does not."""
+        if not self.predict:
+            return None
+        return PredictorConfig(timeout_s=self.predictor_timeout_s, queue_samples=self.predictor_queue)
 
     @property
     def evacuation(self) -> EvacuationConfig:

@@ -64,7 +64,11 @@ class MigrationServicer(decode_pb2_grpc.DecodeServiceServicer):
         migration = self._migrator.incoming.get(request.reservation_id)
         asked = intake.commit_asked(request, migration.terms, self._instance.layout)
         timeout_s = convert.duration_s(request.timeout) or self._max_timeout_s
-        done = await migration.committed(asked, remaining_s=min(timeout_s, self._max_timeout_s))
+        done = await migration.committed(
+            asked,
+            remaining_s=min(timeout_s, self._max_timeout_s),
+            estimate=convert.estimate(request.estimate) if request.HasField("estimate") else None,
+        )
         return decode_pb2.CommitMigrationResponse(verdict=_verdict(done), transfer_bytes=migration.pulled_bytes)
 
     async def AbortMigration(  # noqa: N802

@@ -14,13 +14,14 @@ from typing import Protocol
 import grpc
 from opentelemetry.trace import Span
 
+from services.decode.estimates import is_sound
 from services.decode.link import RouterLink
 from starmesh.engine.engine import SequenceOutput
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import context_of, tracer
-from starmesh.types import FinishReason, Ownership, SequenceSpec
+from starmesh.types import FinishReason, Ownership, RemainingEstimate, SequenceSpec
 from starmesh.v1 import decode_pb2, sequence_pb2
 
 
@@ -30,7 +31,8 @@ class RunningSequence:
     a router that has not heard of the newer one cancels by that. ``token_ids`` are all its output tokens, those of
     other instances too. ``link`` is None until a router has come for a sequence that has moved here; what ended it
     meanwhile is ``end``. ``before`` are waited for before blocks are reserved: they end when nothing writes into
-    blocks of the request's former epochs any more, and those are free."""
+    blocks of the request's former epochs any more, and those are free. ``estimate`` is the last one of its remaining
+    tokens; one that ``ignores_eos`` goes on to its limit and needs none."""
 
     request_id: str
     epoch: int
@@ -40,6 +42,8 @@ class RunningSequence:
     token_ids: list[int]
     link: RouterLink | None
     traceparent: str
+    ignores_eos: bool = False
+    estimate: RemainingEstimate | None = None
     before: frozenset[asyncio.Future[None]] = field(default_factory=frozenset)
     handoff: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
@@ -47,8 +51,17 @@ class RunningSequence:
     end: sequence_pb2.SequenceOutput | None = None
 
     @classmethod
-    def of(cls, spec: SequenceSpec, link: RouterLink | None, *, traceparent: str) -> RunningSequence:
-        """A sequence that begins here with ``spec``."""
+    def of(
+        cls,
+        spec: SequenceSpec,
+        link: RouterLink | None,
+        *,
+        traceparent: str,
+        estimate: RemainingEstimate | None = None,
+    ) -> RunningSequence:
+        """A sequence that begins here with ``spec``. What comes along as its ``estimate`` counts only if it can be
+        that."""
+        output_tokens = len(spec.output_token_ids)
         return cls(
             request_id=spec.request_id,
             epoch=spec.epoch,
@@ -58,6 +71,8 @@ class RunningSequence:
             token_ids=list(spec.output_token_ids),
             link=link,
             traceparent=traceparent,
+            ignores_eos=spec.sampling.ignore_eos,
+            estimate=estimate if estimate is not None and is_sound(estimate, output_tokens=output_tokens) else None,
         )
 
     @property
@@ -169,8 +184,11 @@ class Sequences(Protocol):
         """Tell its router where it goes on after how many tokens, and forget it."""
         ...
 
-    def adopt(self, spec: SequenceSpec, *, timeout_s: float, traceparent: str) -> None:
-        """Take a sequence over that the engine is about to run; its outputs wait for a router."""
+    def adopt(
+        self, spec: SequenceSpec, *, timeout_s: float, traceparent: str, estimate: RemainingEstimate | None
+    ) -> None:
+        """Take a sequence over that the engine is about to run; its outputs wait for a router. ``estimate`` is the last
+        one of its remaining tokens."""
         ...
 
     def serve(self, request_id: str, epoch: int, waiting: WaitingRouter) -> None:

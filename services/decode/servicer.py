@@ -66,6 +66,8 @@ class DecodeServicer(MigrationServicer):
                     convert.ticket(start.ticket),
                     timeout_s=self._bounded_s(start.timeout),
                     traceparent=start.traceparent,
+                    hidden_state=start.hidden_state,
+                    estimate=convert.estimate(start.estimate) if start.HasField("estimate") else None,
                 )
             elif action == "attach":
                 attach = request.attach

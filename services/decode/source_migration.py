@@ -172,9 +172,11 @@ class SourceMigration:
             self.on(_UNDONE[verdict])
 
     async def _commit(self, effect: effects.Commit, ticket: KvTicket | None) -> None:
-        remaining_s = self._running.remaining_s
+        remaining_s, estimate = self._running.remaining_s, self._running.estimate
         target = self._shell.target
-        verdict = await self._verdict(ticket, lambda held: target.commit(effect, held, remaining_s=remaining_s))
+        verdict = await self._verdict(
+            ticket, lambda held: target.commit(effect, held, remaining_s=remaining_s, estimate=estimate)
+        )
         if verdict is Verdict.DONE:
             self._arrived_blocks = effect.first_block + len(effect.block_ids)
             self.on(events.Committed())

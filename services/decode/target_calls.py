@@ -17,7 +17,7 @@ from starmesh.migration.source_effects import Commit, Copy
 from starmesh.migration.terms import Cause, Limits, Refusal, Terms
 from starmesh.rpc import convert, convert_migration
 from starmesh.rpc.channels import open_channel
-from starmesh.types import KvLayout, KvTicket
+from starmesh.types import KvLayout, KvTicket, RemainingEstimate
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -101,14 +101,18 @@ class TargetCalls:
         answer = await self._answer(self._stub.CopyMigration(request, timeout=self._limits.round_s))
         return _verdict(answer)
 
-    async def commit(self, commit: Commit, ticket: KvTicket, *, remaining_s: float) -> tuple[Verdict, int]:
-        """Have the tail pulled and the sequence claimed; as ``copy``. ``remaining_s`` bounds the sequence."""
+    async def commit(
+        self, commit: Commit, ticket: KvTicket, *, remaining_s: float, estimate: RemainingEstimate | None
+    ) -> tuple[Verdict, int]:
+        """Have the tail pulled and the sequence claimed; as ``copy``. ``remaining_s`` bounds the sequence, and
+        ``estimate`` is the last one of its remaining tokens."""
         request = decode_pb2.CommitMigrationRequest(
             reservation_id=self._terms.reservation_id,
             sequence=convert.spec_pb(commit.spec),
             first_block=commit.first_block,
             ticket=convert.ticket_pb(ticket),
             timeout=convert.duration_pb(max(remaining_s, LEAST_TIMEOUT_S)),
+            estimate=None if estimate is None else convert.estimate_pb(estimate),
         )
         answer = await self._answer(self._stub.CommitMigration(request, timeout=self._limits.commit_s))
         return _verdict(answer)

@@ -28,7 +28,7 @@ from starmesh.migration import target_record as events
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.terms import LedgerSilent, Limits, OwnerIs, Refusal, Terms, TimedOut
 from starmesh.transfer import TransferError
-from starmesh.types import KvTicket, SequenceSpec
+from starmesh.types import KvTicket, RemainingEstimate, SequenceSpec
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class TargetMigration:
         self._pulling: asyncio.Task[None] | None = None
         self._pulled = False
         self._deadline_s = 0.0
+        self._estimate: RemainingEstimate | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.pulled_bytes = 0
         self._span = spans.begin_target(terms, parent=parent or traceparent)
@@ -96,8 +97,12 @@ class TargetMigration:
         FAILED_PRECONDITION for a call that does not belong here, and ABORTED when its answer cannot be said."""
         return await self._calls.ask(lambda: self._advance(asked))
 
-    async def committed(self, asked: events.CommitAsked, *, remaining_s: float) -> bool:
-        """Whether this instance owns the sequence, which is bounded by ``remaining_s`` then; as ``copied``."""
+    async def committed(
+        self, asked: events.CommitAsked, *, remaining_s: float, estimate: RemainingEstimate | None
+    ) -> bool:
+        """Whether this instance owns the sequence, which is bounded by ``remaining_s`` then, with the last ``estimate``
+        of its remaining tokens; as ``copied``."""
+        self._estimate = estimate
         self._deadline_s = self._loop.time() + remaining_s
         return await self._calls.ask(lambda: self._advance(asked))
 
@@ -165,7 +170,9 @@ class TargetMigration:
                 case effects.Start(spec, resident_tokens):
                     spec = replace(spec, epoch=terms.moved.epoch)
                     timeout_s = max(0.0, self._deadline_s - self._loop.time())
-                    shell.sequences.adopt(spec, timeout_s=timeout_s, traceparent=self._traceparent)
+                    shell.sequences.adopt(
+                        spec, timeout_s=timeout_s, traceparent=self._traceparent, estimate=self._estimate
+                    )
                     shell.on_start()
                     background(self._start(spec, resident_tokens))
                 case effects.ServeRouter():

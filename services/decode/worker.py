@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 import grpc
 
-from services.decode.config import MigratorConfig
+from services.decode.config import MigratorConfig, PredictorConfig
 from services.decode.handoff import RETRY_DELAY_S, hand_off
 from services.decode.link import RouterLink
 from services.decode.migrator import Migrator
+from services.decode.remaining import RemainingTokens
 from services.decode.running import RunningSequence, WaitingRouter, failure, not_here
 from starmesh.engine.engine import SequenceOutput
 from starmesh.instance.instance import Instance
@@ -24,22 +25,29 @@ from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import context_of, tracer
-from starmesh.types import FinishReason, InstanceState, KvTicket, Ownership, SequenceSpec
+from starmesh.types import FinishReason, InstanceState, KvTicket, Ownership, RemainingEstimate, SequenceSpec
 from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
+
+# Other ends may be this instance's only: the request goes on elsewhere.
+_BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class DecodeWorker:
     """Decodes sequences, many at a time, for any number of routers."""
 
-    def __init__(self, instance: Instance, config: MigratorConfig | None = None) -> None:
+    def __init__(
+        self, instance: Instance, config: MigratorConfig | None = None, predictor: PredictorConfig | None = None
+    ) -> None:
+        """Without ``predictor`` no predictor is asked."""
         self.instance = instance
         self._running: dict[str, RunningSequence] = {}
         # Sequences that were stopped and whose blocks are not free yet, the newest of each request.
         self._freeing: dict[str, asyncio.Task[None]] = {}
         self.migrator = Migrator(instance, self, config or MigratorConfig())
         instance.count_migrations = self.migrator.counts
+        self.remaining = RemainingTokens(instance, self._running, predictor)
 
     @property
     def running(self) -> Mapping[str, RunningSequence]:
@@ -53,9 +61,18 @@ class DecodeWorker:
     # What routers ask for.
 
     def start(
-        self, link: RouterLink, spec: SequenceSpec, ticket: KvTicket, *, timeout_s: float, traceparent: str
+        self,
+        link: RouterLink,
+        spec: SequenceSpec,
+        ticket: KvTicket,
+        *,
+        timeout_s: float,
+        traceparent: str,
+        hidden_state: bytes = b"",
+        estimate: RemainingEstimate | None = None,
     ) -> None:
-        """Take a sequence over. Tokens, its end or its failure go to ``link``."""
+        """Take a sequence over. Tokens, its end or its failure go to ``link``. ``hidden_state`` is that of the last
+        token prefilled, packed, and ``estimate`` what has been made of it."""
         request_id = spec.request_id
         try:
             self._check_takes(spec)
@@ -71,11 +88,11 @@ class DecodeWorker:
             self._stop(former)
         if request_id in self._freeing:
             before |= {self._freeing[request_id]}
-        running = RunningSequence.of(spec, link, traceparent=traceparent)
+        running = RunningSequence.of(spec, link, traceparent=traceparent, estimate=estimate)
         running.before = before
         self._running[request_id] = running
         self._bound(running, timeout_s)
-        running.handoff = self.instance.background(self._take_over(running, spec, ticket))
+        running.handoff = self.instance.background(self._take_over(running, spec, ticket, hidden_state))
 
     def attach(self, link: RouterLink, request_id: str, epoch: int, offset: int, *, timeout_s: float) -> None:
         """Send the tokens from ``offset`` on of a sequence that has moved here, or is about to; or that it has not."""
@@ -96,6 +113,7 @@ class DecodeWorker:
         self.migrator.incoming.cancel(request_id, epoch)
         running = self._running.get(request_id)
         if running is not None and running.link is link and running.router_epoch <= epoch:
+            self.remaining.ended(running, FinishReason.CANCELLED)
             self._stop(running)
 
     def disconnect(self, link: RouterLink) -> None:
@@ -112,6 +130,7 @@ class DecodeWorker:
             running = self._running.get(output.request_id)
             if running is None or running.epoch != output.epoch:
                 continue
+            self.remaining.made(running, output)
             message = running.take(output)
             self._put(running, message)
             if output.finish_reason is None and output.error is None:
@@ -128,6 +147,7 @@ class DecodeWorker:
         for running in list(self._running.values()):
             self._put(running, running.failure(StatusError(grpc.StatusCode.ABORTED, "the instance is stopping")))
             self._stop(running)
+        await self.remaining.close()
 
     # What migrations do with sequences.
 
@@ -139,9 +159,12 @@ class DecodeWorker:
             running.span.add_event(names.EVENT_MOVED, {names.TARGET_INSTANCE: owner.instance_id})
         self._end(running)
 
-    def adopt(self, spec: SequenceSpec, *, timeout_s: float, traceparent: str) -> None:
+    def adopt(
+        self, spec: SequenceSpec, *, timeout_s: float, traceparent: str, estimate: RemainingEstimate | None
+    ) -> None:
         """Take a sequence over that the engine is about to run; its outputs wait for a router."""
-        running = self._running[spec.request_id] = RunningSequence.of(spec, None, traceparent=traceparent)
+        running = RunningSequence.of(spec, None, traceparent=traceparent, estimate=estimate)
+        self._running[spec.request_id] = running
         self._bound(running, timeout_s)
         running.begin_span(self.instance.instance_id)
         self.instance.membership.report_soon()
@@ -186,7 +209,9 @@ class DecodeWorker:
         if known >= spec.epoch:
             raise StatusError(grpc.StatusCode.ALREADY_EXISTS, f"request {spec.request_id} is here under epoch {known}")
 
-    async def _take_over(self, running: RunningSequence, spec: SequenceSpec, ticket: KvTicket) -> None:
+    async def _take_over(
+        self, running: RunningSequence, spec: SequenceSpec, ticket: KvTicket, hidden_state: bytes
+    ) -> None:
         """The handoff. Whatever goes wrong, the blocks are freed and the router hears of it once; who cancels this
         frees them (``_stop``)."""
         context = context_of(running.traceparent)
@@ -198,6 +223,7 @@ class DecodeWorker:
                 await hand_off(self.instance, spec, ticket, span)
             # Before the start: a sequence may end with its first step, before this has heard that it runs.
             running.begin_span(self.instance.instance_id)
+            self.remaining.begun(running, prefilled_tokens=ticket.resident_tokens, hidden_state=hidden_state)
             await self.instance.engine.call(lambda core: core.start(spec, ticket.resident_tokens))
         except StatusError as error:
             await self._fail(running, error)
@@ -229,6 +255,7 @@ class DecodeWorker:
             self.migrator.incoming.cancel(running.request_id, running.epoch)
             return
         running.link.put(running.cancelled())
+        self.remaining.ended(running, FinishReason.CANCELLED)
         self._stop(running)
 
     def _stop(self, running: RunningSequence) -> None:
@@ -257,6 +284,8 @@ class DecodeWorker:
         """Forget a sequence."""
         if self._running.get(running.request_id) is running:
             del self._running[running.request_id]
+        if reason in _BY_ITSELF:
+            self.remaining.ended(running, reason)
         if running.deadline is not None:
             running.deadline.cancel()
         if running.handoff is not None and running.handoff is not asyncio.current_task():
