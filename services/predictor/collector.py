@@ -114,13 +114,14 @@ class Collector:
             self._forget(next(iter(self._running)))
 
     def end(self, end: End) -> None:
-        """Label and store what was gathered of a sequence."""
+        """Label and store what was gathered of a sequence; not of one that was cancelled, which may go on elsewhere, or
+        be asked for again under the same name."""
         known = self._running.get(end.request_id)
         if known is None:
             return
         self._forget(end.request_id)
         states = {position: state for position, state in known.states.items() if position <= end.output_tokens}
-        if not states or not self.collecting:
+        if not states or end.cancelled or not self.collecting:
             return
         sequence = SampledSequence(
             request_id=end.request_id,

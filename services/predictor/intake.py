@@ -43,11 +43,13 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A sequence that has ended with ``output_tokens``; ``finished`` when the model itself ended it."""
+    """A sequence that has ended with ``output_tokens``; ``finished`` when the model itself ended it, ``cancelled`` when
+    neither it nor a limit did."""
 
     request_id: str
     output_tokens: int
     finished: bool
+    cancelled: bool = False
 
 
 def samples_of(request: predictor_pb2.PredictRequest) -> Samples | None:
@@ -95,7 +97,8 @@ def ends_of(request: predictor_pb2.PredictRequest) -> tuple[End, ...]:
         reason = convert.finish_reason(end.finish_reason)
         if reason is None:
             raise bad_field(f"ends[{index}].finish_reason", "is not set; say why the sequence ended")
-        ends.append(End(end.request_id, end.output_tokens, reason is FinishReason.STOP))
+        finished, cancelled = reason is FinishReason.STOP, reason is FinishReason.CANCELLED
+        ends.append(End(end.request_id, end.output_tokens, finished, cancelled))
     return tuple(ends)
 
 
