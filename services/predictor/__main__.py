@@ -19,7 +19,7 @@ def _load(path: Path) -> Predictor:
     raise ValueError(f"{path} cannot be loaded by this version")
 
 
-FILES = PredictorFiles(load=_load, shipped=lambda model_revision: None)
+FILES = PredictorFiles(load=_load, shipped=lambda model_revision: None, all_shipped=list)
 
 
 async def serve(settings: PredictorSettings, stop: asyncio.Event) -> None:

@@ -20,7 +20,7 @@ from starmesh.prediction.batch import Floats, Integers
 
 MAX_REQUESTS: Final = 8192
 MAX_ESTIMATES: Final = 512
-"""Of one request; 10,240 tokens at one every 20. Of a longer one every second is kept."""
+"""Of one request: 10,240 tokens at one every 20. Of a longer one every second is kept, then every fourth, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Outcome:
     """A request that has ended, and what its estimates were. Columns are in the order of ``positions``, [n]:
     ``predicted`` [n, 2] is what ``version`` said, ``answered`` [n, 2] the same corrected. n may be 0, of no version."""
 
+    request_id: str
     output_tokens: int
     finished: bool
     version: Version | None
@@ -40,6 +41,8 @@ class Outcome:
 class _Estimated:
     version: Version
     prompt_tokens: int
+    noted: int = 0
+    every: int = 1
     by_position: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
 
 
@@ -77,7 +80,10 @@ class Outcomes:
             estimates.popitem()
         if len(estimates) >= self._max_estimates:
             known.by_position = estimates = dict(list(estimates.items())[::2])
-        estimates[position] = (*predicted, *answered)
+            known.every *= 2
+        if known.noted % known.every == 0:
+            estimates[position] = (*predicted, *answered)
+        known.noted += 1
         if len(self._running) > self._max_requests:
             self._running.popitem(last=False)
 
@@ -93,6 +99,7 @@ class Outcomes:
         rows = [(position, *numbers) for position, numbers in estimates.items() if position <= end.output_tokens]
         columns = np.array(rows, dtype=np.float64).reshape(len(rows), 5)
         return Outcome(
+            request_id=end.request_id,
             output_tokens=end.output_tokens,
             finished=end.finished,
             version=known.version if known is not None else None,

@@ -3,16 +3,16 @@
 Owns the choice at the start, the change later and the recalibration that goes with a version. Owns no forward
 (``batcher``) and no file format (``starmesh.prediction.predictor_file``). Files are listed and loaded in threads.
 
-A version is a name: that of a file in ``--predictor-dir`` without its suffix, of the file that ships for the samples'
-model, of the file that ``--predictor`` names, or ``conditional_median``, which learns here and takes any samples. Of
-equal names that in the directory wins.
+A version is a name: that of the file which ``--predictor`` names without its suffix, of a file in ``--predictor-dir``,
+of the one that ships for the samples' model, or ``conditional_median``, which learns here and takes any samples. Of two
+files of the same name the first in this order is meant.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -47,10 +47,11 @@ class Version:
 @dataclass(frozen=True, slots=True)
 class PredictorFiles:
     """How files become predictors: ``load`` raises ValueError, saying what to do, for one that is none; ``shipped``
-    tells the file that ships for a model revision."""
+    tells the file that ships for a model revision, ``all_shipped`` those that ship for any."""
 
     load: Callable[[Path], Predictor]
     shipped: Callable[[str], Path | None]
+    all_shipped: Callable[[], Sequence[Path]]
 
 
 class Registry:
@@ -77,7 +78,8 @@ class Registry:
         if not self._named:
             return
         name = self._own_file.stem if self._own_file is not None else self._named
-        known = await asyncio.to_thread(self._known)
+        shipped: dict[str, Path | None] = {path.stem: path for path in await asyncio.to_thread(self._files.all_shipped)}
+        known = shipped | await asyncio.to_thread(self._known)
         if name not in known:
             raise ValueError(f"there is no predictor {name!r}: use a file or one of {', '.join(known)}")
         self.active = self._version(name, await self._load(known[name]))
@@ -124,7 +126,7 @@ class Registry:
     async def _choose(self, layout: HiddenLayout) -> None:
         """What ships for the model, if it fits; else what is there already."""
         async with self._changing:
-            path = await asyncio.to_thread(self._files.shipped, layout.model_revision)
+            path = await asyncio.to_thread(self._shipped)
             if path is not None and not self._chosen:
                 try:
                     predictor = await self._load(path)
@@ -150,11 +152,21 @@ class Registry:
             for path in sorted(self._directory.glob(f"*{_SUFFIX}"))[:MAX_VERSIONS]:
                 found[path.stem] = path
         if self._own_file is not None:
-            found.setdefault(self._own_file.stem, self._own_file)
-        shipped = self._files.shipped(self._layout.model_revision) if self._layout is not None else None
+            found[self._own_file.stem] = self._own_file
+        shipped = self._shipped()
         if shipped is not None:
             found.setdefault(shipped.stem, shipped)
         return {BUILT_IN: None, **dict(sorted((name, path) for name, path in found.items() if name != BUILT_IN))}
+
+    def _shipped(self) -> Path | None:
+        """The file that ships for the model that samples come from. Blocking."""
+        if self._layout is None:
+            return None
+        try:
+            return self._files.shipped(self._layout.model_revision)
+        except (OSError, ValueError) as error:
+            log.error("what ships with starmesh cannot be read: %s", error)
+            return None
 
     def _version(self, name: str, predictor: Predictor) -> Version:
         return Version(name, predictor, Recalibration() if self._recalibrate else None)
