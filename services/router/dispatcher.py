@@ -10,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Set
-from dataclasses import dataclass
-
-import grpc
 
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
+from services.router.placement import Demand, NotPlaced, Placement
 from services.router.reservations import Reservations
 from starmesh.ledger import Ledger, ReservationRefused
 from starmesh.policy.admission import AdmissionConfig, AdmissionQueue, Need, Waiting
@@ -28,49 +25,15 @@ from starmesh.policy.dispatch import (
     DispatchRequest,
     NoPlacement,
 )
-from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import tracer
-from starmesh.types import InstanceInfo, KvLayout, RemainingEstimate
+from starmesh.types import InstanceInfo, KvLayout
 
 # Instances to ask in one turn when each has just filled up; then the next view says more.
 _MAX_REFUSALS = 3
 # A refusal for want of room leaves the client's own deadline this long to receive it.
 _REPLY_S = 0.1
-_RETRY_DELAY_S = 1.0
 _ABSENT = (NoPlacement.NO_INSTANCE, NoPlacement.ALL_DRAINING)
-
-
-class NotPlaced(StatusError):
-    """No instance takes the request, and the time to wait for one is over: the request has failed."""
-
-    @classmethod
-    def of(cls, error: StatusError) -> NotPlaced:
-        """With the code, message and details of ``error``."""
-        return cls(error.code, error.message, *error.details)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a request runs first."""
-
-    prefill: InstanceInfo
-    decode: InstanceInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """A request that wants a place. Of one that has ``started`` the client has part of the answer: it goes before all
-    others and waits until its deadline. Instances in ``avoid`` are chosen only where their role has no others.
-    ``estimate`` is what it is predicted to generate still, as of now."""
-
-    request_id: str
-    need: Need
-    deadline_s: float
-    priority: int = 0
-    started: bool = False
-    avoid: Set[str] = frozenset()
-    estimate: RemainingEstimate | None = None
 
 
 class Dispatcher:
@@ -174,14 +137,7 @@ class Dispatcher:
             give_up_s = min(give_up_s - _REPLY_S, now_s + self._settings.queue_timeout_s)
         absent_s = now_s + self._settings.absent_timeout_s
         if not queue.push(Waiting(demand.request_id, give_up_s, demand.priority), now_s):
-            delay_s = queue.retry_delay_s(now_s)
-            raise NotPlaced.of(
-                retry_later(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"{len(queue)} requests wait for an instance with room; try again later",
-                    delay_s,
-                )
-            )
+            raise NotPlaced.for_the_queue(len(queue), queue.retry_delay_s(now_s))
         turn = self._turns[demand.request_id] = asyncio.Event()
         try:
             while True:
@@ -213,7 +169,8 @@ class Dispatcher:
             # One that the ledger has just found full is up: waiting for room is another matter than for an instance.
             self._last_reason = NoPlacement.NO_CAPACITY if full and decision.decode is None else decision.reason
             if decision.decode is None:
-                self._check_length(demand, decision)
+                if decision.reason is NoPlacement.TOO_LONG and not self._suspected():
+                    raise NotPlaced.for_its_length(demand.need.tokens)
                 return None
             try:
                 await self._reservations.make(demand.request_id, decision.decode, decision.prefill)
@@ -252,28 +209,10 @@ class Dispatcher:
     def _suspected(self) -> set[str]:
         return self._local.suspected(self._loop.time(), ledger_available=self._watch.available)
 
-    def _check_length(self, demand: Demand, decision: Decision) -> None:
-        if decision.reason is NoPlacement.TOO_LONG and not self._suspected():
-            raise NotPlaced.of(
-                bad_field("input", f"has {demand.need.tokens} tokens, more than any instance can hold; send fewer")
-            )
-
     def _refusal(self) -> NotPlaced:
         if self._last_reason in _ABSENT:
-            return NotPlaced.of(
-                retry_later(
-                    grpc.StatusCode.UNAVAILABLE,
-                    "no prefill and decode instance that take requests are up; try again later",
-                    _RETRY_DELAY_S,
-                )
-            )
-        return NotPlaced.of(
-            retry_later(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "no instance had room in time; try again later",
-                self._queue.retry_delay_s(self._loop.time()),
-            )
-        )
+            return NotPlaced.for_want_of_instances()
+        return NotPlaced.for_want_of_room(self._queue.retry_delay_s(self._loop.time()))
 
     def _first(self) -> str | None:
         """Whose turn it is."""

@@ -16,10 +16,10 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from services.router.dispatcher import NotPlaced
 from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Refused
 from services.router.follower import Follower
 from services.router.parts import Parts
+from services.router.placement import NotPlaced
 from services.router.retries import NO_CAPACITY, Retries
 from services.router.routed_sequence import RoutedSequence
 from services.router.validation import check_length

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from services.router.dispatcher import Demand
 from services.router.flight import Flight
+from services.router.placement import Demand
 from services.router.predictions import aged
 from starmesh.policy.admission import Need
 from starmesh.rpc import convert

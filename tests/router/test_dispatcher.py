@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from services.router.config import RouterSettings
-from services.router.dispatcher import Demand, Dispatcher
+from services.router.dispatcher import Dispatcher
 from services.router.ledger_watch import LedgerWatch
+from services.router.placement import Demand
 from starmesh.clock import VirtualClock
 from starmesh.ledger.memory import MemoryLedger
 from starmesh.policy.admission import Need
