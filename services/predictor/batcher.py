@@ -82,7 +82,7 @@ class Batcher:
 
     async def predict(self, version: Version, samples: Samples, *, timeout_s: float) -> Answers:
         """Returns when every sample was answered or dropped, or the time is over; of a call that is cancelled nothing
-        stays queued. Raises StatusError when the predictor failed."""
+        stays queued. Raises StatusError when the predictor failed, or answered none of them in time."""
         count = len(samples)
         empty = np.full((2, count, 2), np.nan, dtype=np.float32)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -98,6 +98,10 @@ class Batcher:
                 await done
         except TimeoutError:
             self._instruments.dropped(call.open_rows, "timeout")
+            if not len(_answered_rows(call)):
+                raise StatusError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, f"no forward of {version.name} ended within {timeout_s:.2f} s"
+                ) from None
         except asyncio.CancelledError:
             # What was answered already does not reach the caller either.
             self._instruments.dropped(call.open_rows + len(_answered_rows(call)), "caller_gone")

@@ -18,6 +18,8 @@ MAX_CALLS: Final = 4096
 MAX_CALL_BYTES: Final = 256 << 20
 """Of all calls that wait. Their messages live as long as they do, also when most of their samples were dropped."""
 RETRY_DELAY_S: Final = 1.0
+_WAY_BACK: Final = 0.05
+"""The part of a call's time that is left for its answer's way back: some estimates are better than none."""
 
 
 class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
