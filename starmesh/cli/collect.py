@@ -73,7 +73,7 @@ async def collect(
     cancel_on_signals()
     task = asyncio.current_task()
     assert task is not None
-    tally = Tally(len(planned))
+    tally = Tally(len(planned), conditions.max_output_tokens)
     stopped = ""
     async with _cluster(where, console) as address, connect(address) as router:
         try:
@@ -82,7 +82,6 @@ async def collect(
                     router,
                     planned,
                     tally,
-                    max_output_tokens=conditions.max_output_tokens,
                     temperature=conditions.temperature,
                     concurrency=conditions.concurrency,
                     timeout_s=conditions.timeout_s,

@@ -31,6 +31,7 @@ class Tally:
     ``output_tokens`` counts those under way too."""
 
     total: int
+    max_output_tokens: int
     finished: int = 0
     cut: int = 0
     failed: int = 0
@@ -61,12 +62,16 @@ class Tally:
 
     @property
     def left_s(self) -> float | None:
-        """About how long the rest takes, by the mean length so far; None before anything ended. Early it is too
-        short: the short ones end first."""
+        """About how long the rest takes; None before anything ended. All tokens so far over all ends are taken for
+        the mean of what each of the others still needs, as if length had no memory: the mean of those that have ended
+        would be too short, since the short ones end first. No request needs more than its limit leaves."""
         if not self.lengths or self.tokens_per_s <= 0:
             return None
-        expected = sum(self.lengths) / len(self.lengths) * (self.total - self.failed)
-        return max(0.0, expected - self.output_tokens) / self.tokens_per_s
+        left = self.total - self.done
+        under_way = self.output_tokens - sum(self.lengths)
+        most = self.max_output_tokens * left - under_way
+        expected = self.output_tokens / len(self.lengths) * left
+        return max(0.0, min(expected, most)) / self.tokens_per_s
 
     def add_end(self, request_id: str, response: inference_pb2.GenerateResponse) -> None:
         """Count a request by its last message."""
@@ -92,7 +97,6 @@ async def ask_all(
     planned: Sequence[CollectionRequest],
     tally: Tally,
     *,
-    max_output_tokens: int,
     temperature: float,
     concurrency: int,
     timeout_s: float,
@@ -107,7 +111,7 @@ async def ask_all(
 
     async def client() -> None:
         for each in turns:
-            asking = Asking(max_output_tokens=max_output_tokens, temperature=temperature, seed=each.seed)
+            asking = Asking(max_output_tokens=tally.max_output_tokens, temperature=temperature, seed=each.seed)
             request = asking.request(each.prompt, chat=model.has_chat_template)
             request.request_id = each.request_id
             # A message a second is enough to count by, and costs the router next to nothing.

@@ -141,7 +141,7 @@ def ending(reason: sequence_pb2.FinishReason.ValueType, tokens: int) -> inferenc
 
 
 def test_a_request_counts_by_how_it_ended() -> None:
-    tally = Tally(5)
+    tally = Tally(5, 64)
     tally.add_end("a", ending(sequence_pb2.FINISH_REASON_STOP, 10))
     tally.add_end("b", ending(sequence_pb2.FINISH_REASON_LENGTH, 64))
     tally.add_end("c", ending(sequence_pb2.FINISH_REASON_CANCELLED, 3))
@@ -154,16 +154,18 @@ def test_a_request_counts_by_how_it_ended() -> None:
 
 
 def test_the_rate_is_that_of_the_last_half_minute() -> None:
-    tally = Tally(10)
+    tally = Tally(10, 1000)
     assert (tally.tokens_per_s, tally.left_s) == (0.0, None)
     for second in range(101):
         tally.output_tokens = 10 * min(second, 50) + 40 * max(0, second - 50)
         tally.mark(float(second))
     assert tally.tokens_per_s == pytest.approx(40)
-    tally.lengths = [300, 500]  # 10 requests of 400 on average: 4,000 tokens, of which 2,500 are there
-    assert tally.left_s == pytest.approx(1500 / 40)
-    tally.finished = 2
-    assert progress_line(tally) == "2 of 10 requests, 2 finished, 0 cut, 40 tokens/s, about 38 s left"
+    tally.lengths, tally.finished = [300, 500], 2
+    # 2,500 tokens for two ends: 1,250 each for the other eight, but no more than 1,000, of which 1,700 are there.
+    assert tally.left_s == pytest.approx((8 * 1000 - 1700) / 40)
+    tally.max_output_tokens = 10_000
+    assert tally.left_s == pytest.approx(8 * 1250 / 40)
+    assert progress_line(tally) == "2 of 10 requests, 2 finished, 0 cut, 40 tokens/s, about 4 min left"
     assert progress_line(tally, counted=True).startswith("2 finished")
 
 
