@@ -167,9 +167,13 @@ class PredictorLink:
         assert self._channel is not None
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                await self._channel.channel_ready()
+                stands = await _is_ready(self._channel)
         except TimeoutError:
-            raise _NoAnswer(f"{self._address} does not connect") from None
+            stands = False
+        if not stands:
+            # Begun anew the next time: gRPC's own pauses would come on top of ours.
+            await self._disconnect()
+            raise _NoAnswer(f"{self._address} does not connect")
         stub: predictor_pb2_grpc.PredictorServiceAsyncStub = predictor_pb2_grpc.PredictorServiceStub(self._channel)
         return stub
 
@@ -229,3 +233,12 @@ class PredictorLink:
             log.warning("the predictor refuses the hidden states of this instance, estimates age: %s", what)
         else:
             log.warning("no predictor answers, estimates age: %s", what)
+
+
+async def _is_ready(channel: grpc.aio.Channel) -> bool:
+    """Whether it connects; False as soon as it is refused."""
+    state = channel.get_state(try_to_connect=True)
+    while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+    return state is grpc.ChannelConnectivity.READY

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from services.decode.config import MigratorConfig
+from services.decode.config import MigratorConfig, PredictorConfig
 from services.decode.outgoing import MoveAsked
 from services.decode.outgoing import _stays_for as stays_for
 from services.decode.servicer import DecodeServicer
@@ -32,7 +32,7 @@ from starmesh.migration.terms import Limits
 from starmesh.rpc import convert
 from starmesh.rpc.channels import open_channel
 from starmesh.rpc.status import StatusError, from_sequence_status
-from starmesh.types import FinishReason, KvTicket, MigrationReason, Ownership, Role, SequenceSpec
+from starmesh.types import FinishReason, KvTicket, MigrationReason, Ownership, RemainingEstimate, Role, SequenceSpec
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
 from tests.engine.checking_executor import reference_tokens
 from tests.instance.running import PATIENCE_S, MemoryExecutor, Running, running_instance, until
@@ -162,7 +162,14 @@ class Router:
         self._channels: list[Any] = []
         self.requests: dict[str, Request] = {}
 
-    async def start(self, spec: SequenceSpec, instance_id: str, *, traceparent: str = "") -> Request:
+    async def start(
+        self,
+        spec: SequenceSpec,
+        instance_id: str,
+        *,
+        traceparent: str = "",
+        estimate: RemainingEstimate | None = None,
+    ) -> Request:
         """Prefill and start a sequence, and wait until a token has come."""
         done = await self._cluster.prefill.worker.prefill(spec, "checking")
         assert done.ticket is not None
@@ -172,14 +179,19 @@ class Router:
         request = self.requests[spec.request_id] = Request(
             spec, Ownership(instance_id, spec.epoch), self._cluster.hurry
         )
-        await self.start_on(instance_id, spec, done.ticket, traceparent=traceparent)
+        await self.start_on(
+            instance_id,
+            spec,
+            done.ticket,
+            traceparent=traceparent,
+            hidden_state=done.hidden_state,
+            estimate=convert.estimate_pb(estimate) if estimate is not None else None,
+        )
         await request.until(lambda: len(request.stream.token_ids) > len(spec.output_token_ids) or request.failure)
         return request
 
-    async def start_on(self, instance_id: str, spec: SequenceSpec, ticket: KvTicket, *, traceparent: str = "") -> None:
-        start = decode_pb2.StartSequence(
-            sequence=convert.spec_pb(spec), ticket=convert.ticket_pb(ticket), traceparent=traceparent
-        )
+    async def start_on(self, instance_id: str, spec: SequenceSpec, ticket: KvTicket, **fields: Any) -> None:
+        start = decode_pb2.StartSequence(sequence=convert.spec_pb(spec), ticket=convert.ticket_pb(ticket), **fields)
         await self.send(instance_id, decode_pb2.DecodeRequest(start=start))
 
     async def attach(self, request: Request, owner: Ownership, *, offset: int | None = None) -> None:
@@ -324,6 +336,7 @@ async def running_cluster(
     limits: Limits = LIMITS,
     blocks: dict[str, int] | None = None,
     config: dict[str, Any] | None = None,
+    predictor: PredictorConfig | None = None,
     **settings: Any,
 ) -> AsyncIterator[Cluster]:
     """Instances named by the letters of ``ids``, with ``blocks`` of 4 tokens each."""
@@ -332,7 +345,7 @@ async def running_cluster(
     migrator = MigratorConfig(limits=limits, **(config or {}))
 
     def serving(instance: Instance) -> DecodeWorker:
-        worker = DecodeWorker(instance, migrator)
+        worker = DecodeWorker(instance, migrator, predictor)
         name = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
         servicer = DecodeServicer(worker, max_timeout_s=60.0)
         instance.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, name)

@@ -15,7 +15,7 @@ import numpy as np
 
 from starmesh.clock import WallClock
 from starmesh.engine.batch import BatchItem
-from starmesh.engine.engine import EngineConfig, EngineCore, SequenceOutput
+from starmesh.engine.engine import HIDDEN_EVERY_TOKENS, EngineConfig, EngineCore, SequenceOutput
 from starmesh.instance.instance import Instance
 from starmesh.instance.loading import LoadedEngine
 from starmesh.instance.settings import EngineSettings
@@ -85,16 +85,19 @@ async def running_instance(
     *,
     executor: CheckingExecutor | None = None,
     max_waiting: int = 256,
+    eos_token_ids: frozenset[int] = frozenset([EOS]),
+    hidden_every_tokens: int = HIDDEN_EVERY_TOKENS,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """An instance with a worker of ``make_worker``, until the context ends."""
     executor = executor or MemoryExecutor(64)
     memory = executor.memory if isinstance(executor, MemoryExecutor) else HostMemory(executor.layout, 64)
     config = EngineConfig(
-        eos_token_ids=frozenset([EOS]),
+        eos_token_ids=eos_token_ids,
         max_sequence_tokens=executor.total_blocks * executor.layout.block_tokens,
         max_waiting_sequences=max_waiting,
         prefix_caching=role is Role.PREFILL,
+        hidden_every_tokens=hidden_every_tokens,
     )
     core = EngineCore(executor, config, stop_checker=_no_stop_strings, clock=WallClock())
     defaults = {"instance_id": role.value, "transfer": "stream", "report_interval_s": 0.02, "grace_s": 0.2}
@@ -117,7 +120,13 @@ async def running_instance(
 
 
 def spec(
-    request_id: str = "a", *, epoch: int = 1, prompt: int = 10, outputs: tuple[int, ...] = (), limit: int = 20
+    request_id: str = "a",
+    *,
+    epoch: int = 1,
+    prompt: int = 10,
+    outputs: tuple[int, ...] = (),
+    limit: int = 20,
+    ignore_eos: bool = True,
 ) -> SequenceSpec:
     """A sequence of ``prompt`` tokens that differ from request to request, greedy, to its limit."""
     return SequenceSpec(
@@ -125,7 +134,7 @@ def spec(
         epoch=epoch,
         prompt_token_ids=tuple(1 + (ord(request_id[0]) + index) % 22 for index in range(prompt)),
         output_token_ids=outputs,
-        sampling=SamplingParams(max_output_tokens=limit, temperature=0.0, ignore_eos=True),
+        sampling=SamplingParams(max_output_tokens=limit, temperature=0.0, ignore_eos=ignore_eos),
     )
 
 
