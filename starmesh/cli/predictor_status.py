@@ -76,17 +76,19 @@ async def look_at_predictor(router: RouterClient) -> cluster_pb2.GetClusterPredi
 
 def describe(status: predictor_pb2.PredictorStatus) -> str:
     """Version, kind and size in a few words."""
-    size = f", {_count(status.parameters)} parameters" if status.parameters else ""
-    return f"{status.version or 'nothing yet'} ({status.kind or 'unknown kind'}{size})"
+    facts = [] if status.kind in ("", status.version) else [status.kind]
+    if status.parameters:
+        facts.append(f"{_count(status.parameters)} parameter{'s' * (status.parameters != 1)}")
+    return (status.version or "nothing yet") + (f" ({', '.join(facts)})" if facts else "")
 
 
 def predictor_line(response: cluster_pb2.GetClusterPredictorResponse) -> Text:
     """One line: which predictor answers, and how its error falls as sequences progress."""
-    scored = [quality for quality in response.status.qualities if quality.estimates]
+    qualities = response.status.qualities
     line = f"predictor: {response.status.version or 'nothing yet'}"
-    if scored:
-        errors = ", ".join(f"{_part(quality)} {quality.mae_tokens:.0f}" for quality in scored)
-        line += f"; mean error in tokens by progress: {errors}"
+    if any(quality.estimates for quality in qualities):
+        errors = ", ".join(f"{quality.mae_tokens:.0f}" if quality.estimates else "-" for quality in qualities)
+        line += f"; mean error by progress: {errors} tokens"
     return Text(line)
 
 

@@ -98,7 +98,8 @@ def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, f
 def sequence_table(response: cluster_pb2.WatchClusterResponse) -> RenderableType:
     """The sequences of the decode instances, a line each."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("request", no_wrap=True)
+    # Folded where the terminal is narrow: half an id names no request.
+    table.add_column("request", overflow="fold")
     table.add_column("instance", no_wrap=True)
     for heading in ("epoch", "prompt", "output", "limit", "resident", "remaining", "upper", "age"):
         table.add_column(heading, justify="right", no_wrap=True)

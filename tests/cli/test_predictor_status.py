@@ -60,8 +60,7 @@ def test_a_predictor_that_has_scored_nothing_says_what_that_takes() -> None:
 
 
 def test_one_line_shows_how_predictions_tighten() -> None:
-    line = text_of(predictor_line(state()), width=120)
-    assert line == "predictor: mine-2; mean error in tokens by progress: 0-25 % 210, 25-50 % 80, 75-100 % 12\n"
+    assert text_of(predictor_line(state())) == "predictor: mine-2; mean error by progress: 210, 80, -, 12 tokens\n"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +69,11 @@ def test_one_line_shows_how_predictions_tighten() -> None:
 )
 def test_a_size_is_told_in_three_figures(parameters: int, shown: str) -> None:
     assert describe(predictor_pb2.PredictorStatus(version="v", kind="mlp", parameters=parameters)) == shown
+
+
+def test_a_predictor_named_for_its_kind_says_it_once() -> None:
+    assert describe(predictor_pb2.PredictorStatus(version="mlp", kind="mlp", parameters=1)) == "mlp (1 parameter)"
+    assert describe(predictor_pb2.PredictorStatus(version="mlp", kind="mlp")) == "mlp"
 
 
 def watched(*ages: int | None) -> cluster_pb2.WatchClusterResponse:
@@ -100,6 +104,16 @@ def test_without_an_estimate_nothing_is_said_of_predictions() -> None:
 def test_a_sequence_shows_its_estimate_with_age_or_that_there_is_none() -> None:
     rows = [line.split()[-4:] for line in text_of(sequence_table(watched(7, None)), width=120).splitlines()[1:]]
     assert rows == [["100", "50", "90", "7"], ["0", "0", "100", "unknown"]]
+
+
+def test_the_id_of_a_request_is_whole_in_80_columns() -> None:
+    response = watched(7)
+    name = "0123456789abcdef" * 2
+    response.instances[1].load.sequences[0].request_id = name
+    table = text_of(sequence_table(response))
+    assert "…" not in table
+    assert "".join(line[:16].split()[0] for line in table.splitlines()[1:]).startswith(name[:8])
+    assert name in text_of(sequence_table(response), width=120)
 
 
 def failing(code: grpc.StatusCode) -> SimpleNamespace:
