@@ -44,6 +44,7 @@ RUNNING_BYTES: Final = 256 << 20
 """What is gathered of sequences that run; beyond it the one that was silent for longest is left out."""
 UNWRITTEN_BYTES: Final = 64 << 20
 """What may wait for the disk; beyond it sequences are left out."""
+_HEADER_BYTES: Final = 4096
 
 
 @dataclass(slots=True)
@@ -169,7 +170,8 @@ class Collector:
         if self._left_out:
             log.warning("%s is written too slowly: %d sequences were left out", self._directory, self._left_out)
             self._left_out = 0
-        if self.bytes + size > self._max_bytes:
+        names = sum(len(sequence.request_id) for sequence in sequences)
+        if self.bytes + size + names + _HEADER_BYTES > self._max_bytes:
             log.warning("collecting into %s ends at %d bytes; see --collect-max-mib", self._directory, self.bytes)
             return False
         try:

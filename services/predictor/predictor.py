@@ -59,7 +59,6 @@ class PredictorService:
         self._collector = collector
         self._outcomes = Outcomes()
         self._quality = RollingQuality()
-        self._scored = registry.active
         self._batcher = Batcher(capacity=queue_samples, instruments=instruments, learn=self._learn)
         instruments.watch(
             queue=lambda: len(self._batcher),
@@ -102,6 +101,8 @@ class PredictorService:
     async def promote(self, version: str) -> None:
         """Have another version answer. Raises StatusError when it cannot."""
         await self._registry.promote(version)
+        # How well one did that no longer answers is of no interest.
+        self._quality = RollingQuality()
 
     async def status(self) -> Status:
         """As of now."""
@@ -135,10 +136,7 @@ class PredictorService:
         if outcome is None:
             return
         self._instruments.ended(finished=end.finished)
-        if self._scored is not self._registry.active:
-            # How well a version does that no longer answers is of no interest.
-            self._scored, self._quality = self._registry.active, RollingQuality()
-        if outcome.version is self._scored:
+        if outcome.version is self._registry.active:
             self._quality.observe(outcome)
         self._batcher.learn(outcome)
 
