@@ -44,6 +44,8 @@ PredictorMetrics = Annotated[
     str, typer.Option(metavar="HOST:PORT", help="Serve the predictor's metrics there. (default: not at all)")
 ]
 NO_PREDICTOR = "none"
+ONLINE_PREDICTOR = "conditional_median"
+"""The version that needs no file, takes samples of any layers, and learns from requests that have ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

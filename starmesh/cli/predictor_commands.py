@@ -130,6 +130,10 @@ def collect(
                 "--hidden-layers": ",".join(map(str, manifest.layout.layers)),
                 "--hidden-every-tokens": every_tokens,
             }
+            # A trained one would refuse samples of other layers than its own.
+            predicting = local_options.Predicting(
+                predictor=local_options.ONLINE_PREDICTOR, collect=out, collect_max_mib=max_mib
+            )
             where = ClusterPlan(
                 model=directory,
                 run_directory=local_options.run_directory(run_dir),
@@ -139,7 +143,7 @@ def collect(
                 # Requests wait for room as long as it takes, and stay where they are.
                 router_flags=local_options.flags({"--queue-timeout-s": timeout}),
                 rescheduler_flags=("--policy", "none"),
-                predictor_flags=local_options.Predicting(collect=out, collect_max_mib=max_mib).flags,
+                predictor_flags=predicting.flags,
             )
     except CliError as error:
         fail(str(error))

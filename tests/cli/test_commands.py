@@ -19,12 +19,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from services.predictor.config import PredictorSettings
+from services.predictor.registry import BUILT_IN
 from services.router.config import RouterSettings
 from starmesh.cli.app import app
 from starmesh.cli.bench import read_prompts
 from starmesh.cli.local_cluster import ClusterPlan
 from starmesh.cli.local_commands import DispatchPolicy, up
-from starmesh.cli.local_options import Predicting
+from starmesh.cli.local_options import ONLINE_PREDICTOR, Predicting
 from starmesh.cli.options import Asking
 from starmesh.cli.predictor_commands import collect
 from starmesh.cli.run import CliError, explain
@@ -90,6 +91,10 @@ def test_defaults_of_up_are_those_of_the_services() -> None:
     assert ours["queue"] == RouterSettings.model_fields["queue_length"].default
     assert ours["collect_max_mib"] == PredictorSettings.model_fields["collect_max_mib"].default
     assert set(get_args(DispatchPolicy)) == set(POLICIES)
+
+
+def test_the_predictor_that_takes_any_samples_has_its_name() -> None:
+    assert ONLINE_PREDICTOR == BUILT_IN
 
 
 def test_samples_are_collected_as_often_as_the_predictor_gets_them() -> None:
