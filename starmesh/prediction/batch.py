@@ -19,11 +19,14 @@ UPPER_QUANTILE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """n samples. ``hidden_states`` is [n, layers, width] float16; ``prompt_tokens`` and ``output_tokens`` are [n]."""
+    """n samples. ``hidden_states`` is [n, layers, width] float16, ``averaged_states`` the same averaged over the
+    sequence's samples so far (``averaging``), None where each is its sequence's first; ``prompt_tokens`` and
+    ``output_tokens`` are [n]."""
 
     hidden_states: npt.NDArray[np.float16]
     prompt_tokens: Integers
     output_tokens: Integers
+    averaged_states: Floats | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_states.ndim != 3 or not (

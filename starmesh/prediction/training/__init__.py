@@ -1,0 +1,1 @@
+"""Training and evaluation of predictors, with torch: what ``starmesh predictor train`` and ``evaluate`` run."""
