@@ -43,11 +43,12 @@ def manifest_of(
     hidden_layers: str,
     every_tokens: int,
     dtype: str,
-    max_output_tokens: int,
-    temperature: float,
+    max_output_tokens: int = 0,
+    temperature: float | None = None,
 ) -> Manifest:
     """What the samples will have in common. ``hidden_layers`` is as an engine's flag, empty for its default: the middle
-    layer and the last. Raises CliError for a model whose configuration does not tell its sizes, and other layers."""
+    layer and the last. Limit and temperature are 0 and None where requests choose their own. Raises CliError for a
+    model whose configuration does not tell its sizes, and other layers."""
     try:
         config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)  # of a model that reads more than text
@@ -67,17 +68,20 @@ def manifest_of(
         model=model_name(model_directory),
         dtype=dtype,
         every_tokens=every_tokens,
-        sampling={"temperature": temperature},
+        sampling={} if temperature is None else {"temperature": temperature},
         max_output_tokens=max_output_tokens,
     )
 
 
-def prepare(directory: Path, manifest: Manifest, prompts_sha256: str) -> None:
-    """Have ``directory`` say what its samples will be, before there are any. Raises CliError when it holds others: of
-    another manifest, or of other prompts, since requests' names would stand for other answers then."""
+def prepare(directory: Path, manifest: Manifest, prompts_sha256: str = "") -> None:
+    """Have ``directory`` say what its samples will be, before there are any; ``prompts_sha256`` is of a collection's
+    prompts. Raises CliError when it holds others: of another manifest, or of other prompts, since requests' names would
+    stand for other answers then."""
     note = directory / NOTE
     try:
         ShardDirectory(directory, manifest)
+        if not prompts_sha256:
+            return
         if not note.exists():
             note.write_text(prompts_sha256 + "\n", encoding="utf-8")
         elif note.read_text(encoding="utf-8").strip() != prompts_sha256:

@@ -12,8 +12,8 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from starmesh.cli import local_options, options
-from starmesh.cli.local_options import DEFAULT_MODEL, Predicting, flags, model_directory, run_directory
-from starmesh.cli.run import fail, run
+from starmesh.cli.local_options import DEFAULT_MODEL, EVERY_TOKENS, Predicting, flags, model_directory, run_directory
+from starmesh.cli.run import CliError, fail, run
 
 DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load"]
 ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
@@ -56,7 +56,9 @@ def up(
     """Start a local cluster and keep it up until Ctrl-C."""
     from rich.console import Console
 
+    from starmesh.cli.collection import manifest_of, prepare
     from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.up import up as keep_up
 
     predicting = Predicting(
@@ -78,21 +80,29 @@ def up(
         "--threads": threads,
         "--transfer": transfer,
     }
+    directory = model_directory(model)
+    try:
+        choice = choose_predictor(predicting, directory)
+        if collect is not None:
+            layers = choice.hidden_layers
+            prepare(collect, manifest_of(directory, hidden_layers=layers, every_tokens=EVERY_TOKENS, dtype=dtype))
+    except CliError as error:
+        fail(str(error))
     plan = ClusterPlan(
-        model=model_directory(model),
+        model=directory,
         run_directory=run_directory(run_dir),
         prefill=prefill,
         decode=decode,
         listen=f"127.0.0.1:{port}",
         ledger=ledger,
         shared_flags=("--cluster", cluster),
-        engine_flags=flags(engine),
+        engine_flags=(*flags(engine), *choice.engine_flags),
         router_flags=flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
         rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
         predict=predicting.on,
         predictor_flags=predicting.flags,
     )
-    run(keep_up(plan, Console(), restart=restart))
+    run(keep_up(plan, Console(), restart=restart, predicted_by=choice.description))
 
 
 def demo(
@@ -105,14 +115,16 @@ def demo(
     from rich.console import Console
 
     from starmesh.cli.local_cluster import ClusterPlan
+    from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.up import demo as show_demo
 
+    directory = model_directory(model)
     plan = ClusterPlan(
-        model=model_directory(model),
+        model=directory,
         run_directory=run_directory(None),
         prefill=prefill,
         decode=decode,
-        engine_flags=("--device", device),
+        engine_flags=("--device", device, *choose_predictor(Predicting(), directory).engine_flags),
     )
     run(show_demo(plan, Console()))
 
@@ -155,7 +167,7 @@ def compare(
     from starmesh.cli.compare_report import comparison, run_json
     from starmesh.cli.local_cluster import ClusterPlan
     from starmesh.cli.options import Asking
-    from starmesh.cli.run import CliError
+    from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.skewed_load import SkewedLoad
 
     predicting = Predicting(predictor=predictor)
@@ -170,12 +182,17 @@ def compare(
     except CliError as error:
         fail(str(error))
     skewed = SkewedLoad(count=requests, period=decode, long_tokens=long_tokens, short_tokens=short_tokens)
+    directory = model_directory(model)
+    try:
+        choice = choose_predictor(predicting, directory)
+    except CliError as error:
+        fail(str(error))
     plan = ClusterPlan(
-        model=model_directory(model),
+        model=directory,
         run_directory=run_directory(None),
         prefill=prefill,
         decode=decode,
-        engine_flags=flags({"--device": device, "--kv-memory-mib": kv_memory_mib}),
+        engine_flags=(*flags({"--device": device, "--kv-memory-mib": kv_memory_mib}), *choice.engine_flags),
         router_flags=flags({"--dispatch-policy": dispatch}),
         rescheduler_flags=flags({"--round-interval-s": round_interval}),
         predict=predicting.on,

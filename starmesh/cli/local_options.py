@@ -43,6 +43,8 @@ CollectMaxMib = Annotated[int, typer.Option(min=1, help="Disk space that the sam
 PredictorMetrics = Annotated[
     str, typer.Option(metavar="HOST:PORT", help="Serve the predictor's metrics there. (default: not at all)")
 ]
+EVERY_TOKENS = 20
+"""Tokens of a request between two of its samples: the engines' default."""
 NO_PREDICTOR = "none"
 ONLINE_PREDICTOR = "conditional_median"
 """The version that needs no file, takes samples of any layers, and learns from requests that have ended."""

@@ -81,7 +81,9 @@ def collect(
     hidden_layers: Annotated[
         str, typer.Option(metavar="LAYERS", help="As in 15,30. (default: the middle one and the last)")
     ] = "",
-    every_tokens: Annotated[int, typer.Option(min=1, help="Tokens between two samples of a request.")] = 20,
+    every_tokens: Annotated[int, typer.Option(min=1, help="Tokens between two samples of a request.")] = (
+        local_options.EVERY_TOKENS
+    ),
     device: local_options.Device = "cpu",
     dtype: local_options.Dtype = "float32",
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch: the larger, the faster.")] = 64,

@@ -13,7 +13,6 @@ from rich.live import Live
 from starmesh.cli.generate import generate
 from starmesh.cli.local_cluster import ClusterPlan, LocalCluster, start_cluster
 from starmesh.cli.options import Asking
-from starmesh.cli.predictor_status import describe, look_at_predictor
 from starmesh.cli.router import connect
 from starmesh.cli.run import cancel_on_signals
 from starmesh.cli.status import observe, show_status
@@ -24,8 +23,8 @@ _DEMO_TIMEOUT_S = 120.0
 _REFRESH_S = 1.0
 
 
-async def up(plan: ClusterPlan, console: Console, *, restart: bool) -> None:
-    """Keep a cluster up until SIGINT or SIGTERM, with a live table on a terminal.
+async def up(plan: ClusterPlan, console: Console, *, restart: bool, predicted_by: str) -> None:
+    """Keep a cluster up until SIGINT or SIGTERM, with a live table on a terminal. ``predicted_by`` says what predicts.
 
     Raises CliError as ``start_cluster``.
     """
@@ -38,7 +37,7 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool) -> None:
                 console.print(
                     f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
                 )
-                await _tell_predictor(plan, cluster, console)
+                console.print(predicted_by, markup=False, highlight=False, soft_wrap=True)
                 if cluster.ledger_socket:
                     console.print(f"other services join it with --ledger {cluster.ledger_socket}", soft_wrap=True)
                 try:
@@ -67,16 +66,6 @@ async def demo(plan: ClusterPlan, console: Console) -> None:
             console.print()
             await show_status(router, console)
     console.print("the cluster has stopped")
-
-
-async def _tell_predictor(plan: ClusterPlan, cluster: LocalCluster, console: Console) -> None:
-    if not plan.predict:
-        console.print("without a predictor: requests are placed and moved by what they hold now")
-        return
-    async with connect(cluster.address) as router:
-        state = await look_at_predictor(router)
-    if state is not None:
-        console.print(f"remaining tokens are predicted by {describe(state.status)}", highlight=False, markup=False)
 
 
 def reporter(console: Console) -> Callable[[str], None]:
