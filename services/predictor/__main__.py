@@ -1,25 +1,19 @@
 """``python -m services.predictor``"""
 
 import asyncio
-from pathlib import Path
 
 from services.predictor.config import PredictorSettings
 from services.predictor.opening import open_predictor
 from services.predictor.registry import PredictorFiles
 from services.predictor.servicer import PredictorServicer
 from starmesh.instance.bare import open_bare
-from starmesh.prediction.batch import Predictor
+from starmesh.prediction.predictor_file import load_predictor, shipped_predictor, shipped_predictors
 from starmesh.process import run_service
 from starmesh.rpc.server import RpcServer
 from starmesh.types import Role
 from starmesh.v1 import predictor_pb2, predictor_pb2_grpc
 
-
-def _load(path: Path) -> Predictor:
-    raise ValueError(f"{path} cannot be loaded by this version")
-
-
-FILES = PredictorFiles(load=_load, shipped=lambda model_revision: None, all_shipped=list)
+FILES = PredictorFiles(load_predictor, shipped_predictor, shipped_predictors)
 
 
 async def serve(settings: PredictorSettings, stop: asyncio.Event) -> None:

@@ -28,8 +28,10 @@ from services.predictor.outcomes import Outcome
 from services.predictor.registry import Version
 from services.predictor.sample_queue import SampleQueue
 from starmesh.clock import WallClock
+from starmesh.prediction.averaging import RunningAverages
 from starmesh.prediction.batch import Floats, SampleBatch
 from starmesh.rpc.status import StatusError
+from starmesh.types import HiddenLayout
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ MAX_BATCH: Final = 256
 """Rows of a forward: a batch of 256 takes little longer for each row than a larger one, and newer samples wait less."""
 MAX_OUTCOMES: Final = 4096
 """Outcomes that wait to be learned from; older ones are given up."""
+AVERAGES_BYTES: Final = 256 << 20
+"""What the averaged states of running sequences may take: some 58,000 sequences of the default model."""
 _MAX_REMAINING: Final = float(1 << 30)
 
 
@@ -70,6 +74,7 @@ class Batcher:
         self._queue: SampleQueue[_Call, Version] = SampleQueue(capacity)
         self._instruments = instruments
         self._learn = learn
+        self._averages: tuple[HiddenLayout, RunningAverages] | None = None
         self._outcomes: deque[Outcome] = deque(maxlen=MAX_OUTCOMES)
         self._clock = WallClock()
         self._wanted = asyncio.Event()
@@ -154,10 +159,13 @@ class Batcher:
         """On the thread: learn, then [n, 2] twice, as predicted and corrected."""
         if outcomes:
             self._learn(outcomes)
+        if self._averages is not None:
+            for outcome in outcomes:
+                self._averages[1].end(outcome.request_id)
         if version is None:
             nothing = np.empty((0, 2), dtype=np.float32)
             return nothing, nothing
-        batch = _joined(version, by_call)
+        batch = self._joined(version, by_call)
         predicted = version.predictor.predict(batch)
         if predicted.shape != (len(batch), 2):
             raise ValueError(f"it answered {len(batch)} samples with an array of {predicted.shape}")
@@ -165,6 +173,27 @@ class Batcher:
         if version.recalibration is not None:
             corrected = version.recalibration.correct(batch.output_tokens, predicted)
         return predicted, np.clip(corrected, 0.0, _MAX_REMAINING).round()
+
+    def _joined(self, version: Version, by_call: list[tuple[_Call, list[int]]]) -> SampleBatch:
+        """One batch of the rows of several calls. A predictor that looks at no hidden states gets none: those of two
+        models cannot stand in one array."""
+        prompts = np.concatenate([call.samples.prompt_tokens[rows] for call, rows in by_call])
+        outputs = np.concatenate([call.samples.output_tokens[rows] for call, rows in by_call])
+        layout = version.predictor.layout
+        if layout is None or not layout.layers:
+            nothing = np.zeros((len(outputs), 0, 0), dtype=np.float16)
+            return SampleBatch(hidden_states=nothing, prompt_tokens=prompts, output_tokens=outputs)
+        states = np.concatenate([call.samples.hidden_states[rows] for call, rows in by_call])
+        if self._averages is None or self._averages[0] != layout:
+            self._averages = layout, RunningAverages(AVERAGES_BYTES // (2 * layout.state_bytes))
+        ids = (call.samples.request_ids[row] for call, rows in by_call for row in rows)
+        averages = [
+            self._averages[1].add(request_id, position, state)
+            for request_id, position, state in zip(ids, outputs.tolist(), states, strict=True)
+        ]
+        return SampleBatch(
+            hidden_states=states, averaged_states=np.stack(averages), prompt_tokens=prompts, output_tokens=outputs
+        )
 
     def _deliver(self, by_call: list[tuple[_Call, list[int]]], predicted: Floats, answered: Floats) -> None:
         start = 0
@@ -212,15 +241,3 @@ def _by_call(rows: list[tuple[_Call, int]]) -> list[tuple[_Call, list[int]]]:
 
 def _answered_rows(call: _Call) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isfinite(call.answered).all(axis=1))
-
-
-def _joined(version: Version, by_call: list[tuple[_Call, list[int]]]) -> SampleBatch:
-    """One batch of the rows of several calls. A predictor that takes any samples gets no hidden states: those of two
-    models cannot stand in one array."""
-    prompts = np.concatenate([call.samples.batch.prompt_tokens[rows] for call, rows in by_call])
-    outputs = np.concatenate([call.samples.batch.output_tokens[rows] for call, rows in by_call])
-    if version.predictor.layout is None:
-        states = np.zeros((len(outputs), 0, 0), dtype=np.float16)
-    else:
-        states = np.concatenate([call.samples.batch.hidden_states[rows] for call, rows in by_call])
-    return SampleBatch(states, prompts, outputs)

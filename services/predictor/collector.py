@@ -98,9 +98,8 @@ class Collector:
             self._layout = samples.layout
         if samples.layout != self._layout:
             return
-        batch = samples.batch
         for row, request_id in enumerate(samples.request_ids):
-            prompt_tokens, position = int(batch.prompt_tokens[row]), int(batch.output_tokens[row])
+            prompt_tokens, position = int(samples.prompt_tokens[row]), int(samples.output_tokens[row])
             known = self._running.get(request_id)
             if known is None or known.prompt_tokens != prompt_tokens:
                 self._forget(request_id)
@@ -109,7 +108,7 @@ class Collector:
             while known.states and next(reversed(known.states)) >= position:
                 self._running_bytes -= _held_bytes(known.states.popitem()[1])
             # A copy: a view would keep the whole call's samples.
-            state = known.states[position] = batch.hidden_states[row].copy()
+            state = known.states[position] = samples.hidden_states[row].copy()
             self._running_bytes += _held_bytes(state)
         while self._running_bytes > self._max_running_bytes:
             self._forget(next(iter(self._running)))

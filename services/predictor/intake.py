@@ -6,14 +6,14 @@ Owns the limits of a message. Owns no answer to it, and does not know which pred
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
-from starmesh.prediction.batch import SampleBatch
+from starmesh.prediction.batch import Integers
 from starmesh.rpc import convert
 from starmesh.rpc.status import bad_field
 from starmesh.types import MAX_REQUEST_ID_LENGTH, FinishReason, HiddenLayout
@@ -31,11 +31,14 @@ _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The samples of a call, n of them, at least one."""
+    """The samples of a call, n of them, at least one. ``hidden_states`` is [n, layers, width] float16,
+    ``prompt_tokens`` and ``output_tokens`` are [n]."""
 
     layout: HiddenLayout
     request_ids: tuple[str, ...]
-    batch: SampleBatch
+    hidden_states: npt.NDArray[np.float16]
+    prompt_tokens: Integers
+    output_tokens: Integers
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -79,11 +82,9 @@ def samples_of(request: predictor_pb2.PredictRequest) -> Samples | None:
     return Samples(
         layout,
         tuple(sample.request_id for sample in request.samples),
-        SampleBatch(
-            hidden_states=states.reshape(count, len(layout.layers), layout.width),
-            prompt_tokens=_column([sample.prompt_tokens for sample in request.samples]),
-            output_tokens=_column([sample.output_tokens for sample in request.samples]),
-        ),
+        hidden_states=states.reshape(count, len(layout.layers), layout.width),
+        prompt_tokens=np.array([sample.prompt_tokens for sample in request.samples], dtype=np.int64),
+        output_tokens=np.array([sample.output_tokens for sample in request.samples], dtype=np.int64),
     )
 
 
@@ -113,10 +114,6 @@ def _layout(message: predictor_pb2.HiddenLayout) -> HiddenLayout:
     return convert.hidden_layout(message)
 
 
-def _column(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.array(values, dtype=np.int64)
-
-
 def _check_count(field: str, count: int, limit: int) -> None:
     if count > limit:
         raise bad_field(field, f"has {count} entries; send at most {limit}, and the rest in another call")
@@ -133,8 +130,11 @@ def _check_tokens(field: str, count: int) -> None:
 
 
 def check_fits(layout: HiddenLayout, expected: HiddenLayout | None, version: str) -> None:
-    """Demand samples of the kind that a predictor takes. Raises StatusError naming the field and both values."""
+    """Demand samples of the kind that a predictor takes: any for None, any of its model for one of no layers. Raises
+    StatusError naming the field and both values."""
     if expected is None or layout == expected:
+        return
+    if not expected.layers and layout.model_revision == expected.model_revision:
         return
     pairs: tuple[tuple[str, object, object], ...] = (
         ("model_revision", layout.model_revision, expected.model_revision),

@@ -80,7 +80,7 @@ class PredictorService:
                 self._collector.take(samples)
             answers = await self._batcher.predict(version, samples, timeout_s=min(timeout_s, MAX_WAIT_S))
             estimates = {}
-            prompts, positions = samples.batch.prompt_tokens.tolist(), samples.batch.output_tokens.tolist()
+            prompts, positions = samples.prompt_tokens.tolist(), samples.output_tokens.tolist()
             rows = zip(answers.rows.tolist(), answers.predicted.tolist(), answers.answered.tolist(), strict=True)
             for row, predicted, answered in rows:
                 self._outcomes.note(

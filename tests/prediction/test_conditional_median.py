@@ -117,7 +117,8 @@ def test_it_takes_samples_of_any_model() -> None:
     predictor = learned([(100, True)] * 100)
     assert predictor.layout is None and predictor.kind == "conditional_median"
     counts = np.array([0, 50, 99], dtype=np.int64)
-    batch = SampleBatch(np.zeros((3, 0, 0), dtype=np.float16), np.ones(3, dtype=np.int64), counts)
+    states = np.zeros((3, 0, 0), dtype=np.float16)
+    batch = SampleBatch(hidden_states=states, prompt_tokens=np.ones(3, dtype=np.int64), output_tokens=counts)
     assert predictor.predict(batch).tolist() == [[100, 100], [50, 50], [1, 1]]
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from services.predictor.collector import SHARD_SEQUENCES, Collector, open_collector
 from services.predictor.intake import End, Samples
-from starmesh.prediction.batch import SampleBatch
 from starmesh.prediction.shards import (
     Manifest,
     SampledSequence,
@@ -33,7 +32,7 @@ def samples_of(name: str, positions: Sequence[int], *, layout: HiddenLayout = LA
     shape = (len(positions), len(layout.layers), layout.width)
     states = np.repeat(np.array(positions, dtype=np.float16), shape[1] * shape[2]).reshape(shape)
     counts = np.array(positions, dtype=np.int64)
-    return Samples(layout, (name,) * len(positions), SampleBatch(states, np.full(len(positions), prompt), counts))
+    return Samples(layout, (name,) * len(positions), states, np.full(len(positions), prompt), counts)
 
 
 def stored(directory: Path) -> dict[str, SampledSequence]:
@@ -97,7 +96,7 @@ async def test_it_ends_at_its_bound(tmp_path: Path, caplog: pytest.LogCaptureFix
     for batch in range(12):
         for number in range(SHARD_SEQUENCES):
             collect(collector, f"r{batch}-{number}".ljust(128, "x"), 20)
-        await until(lambda: not collector._full_shard.is_set() and not collector._ended)
+        await until(lambda: not collector._ended)
     await until(lambda: not collector.collecting)
     collect(collector, "late", 30)
     await collector.close()

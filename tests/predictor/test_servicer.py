@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 
 from services.predictor.intake import MAX_SAMPLES, samples_of
+from starmesh.prediction.averaging import averaged
 from starmesh.prediction.batch import Floats, SampleBatch
 from starmesh.types import HiddenLayout
 from starmesh.v1 import predictor_pb2, sequence_pb2
@@ -96,7 +99,7 @@ async def test_what_is_out_of_its_limits_is_named(message: predictor_pb2.Predict
 
 def test_the_largest_call_is_taken() -> None:
     samples = samples_of(request([sample("a", number, 1) for number in range(MAX_SAMPLES)]))
-    assert samples is not None and samples.batch.hidden_states.shape == (MAX_SAMPLES, 2, 3)
+    assert samples is not None and samples.hidden_states.shape == (MAX_SAMPLES, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +254,49 @@ async def test_calls_beyond_the_bound_are_sent_away() -> None:
         assert echo.gate is not None
         echo.gate.release()
         assert values(await first) == {"a": 1}
+
+
+@dataclass
+class _Averaged(Echo):
+    """Says the average of the first number over a sequence's samples, times a thousand."""
+
+    def predict(self, batch: SampleBatch) -> Floats:
+        assert batch.averaged_states is not None
+        median = 1000 * batch.averaged_states[:, 0, 0]
+        return np.stack([median, median], axis=1)
+
+
+async def test_states_are_averaged_over_a_sequences_samples() -> None:
+    """Whichever instances send them, with or without those of other sequences."""
+    async with serving(_Averaged()) as running:
+        found: dict[str, list[int]] = {"a": [], "b": []}
+        for position in range(0, 200, 20):
+            samples = [sample("a", position, position), sample("b", position, -position)]
+            for part in [samples] if position % 40 else [samples[:1], samples[1:]]:
+                for name, count in values(await running.predict(request(part))).items():
+                    found[name].append(count)
+        positions = np.arange(0, 200, 20, dtype=np.int32)
+        states = np.repeat(positions.astype(np.float16), 6).reshape(-1, 2, 3)
+        assert found["a"] == np.round(1000 * averaged(states, positions)[:, 0, 0]).tolist()
+        assert found["b"] == [0] * 10
+        # Its end forgets it.
+        await running.predict(request(ends=[end("a", 200)]))
+        await running.predict(request([sample("c")]))
+        assert values(await running.predict(request([sample("a", 20, 7)]))) == {"a": 7000}
+
+
+async def test_a_predictor_of_no_layer_takes_all_samples_of_its_model() -> None:
+    class Counts(Echo):
+        def predict(self, batch: SampleBatch) -> Floats:
+            assert batch.hidden_states.shape == (len(batch), 0, 0)
+            return np.repeat(batch.output_tokens[:, None].astype(np.float32), 2, axis=1)
+
+    async with serving(Counts(HiddenLayout("rev-1", (), 0))) as running:
+        for layout in (LAYOUT, HiddenLayout("rev-1", (9,), 64)):
+            assert values(await running.predict(request([sample("a", 60, 0, layout)], layout=layout))) == {"a": 60}
+        other = HiddenLayout("rev-2", (9,), 64)
+        refused = await failure(running.stub.Predict(request([sample("a", 0, 0, other)], layout=other), timeout=WAIT_S))
+        assert refused.fields == ["layout.model_revision"]
 
 
 async def test_large_estimates_fit_the_wire() -> None:
