@@ -18,6 +18,7 @@ from pathlib import Path
 
 from starmesh.cli.run import CliError
 from starmesh.model_files import model_name, model_revision
+from starmesh.prediction.kinds import KINDS
 from starmesh.prediction.shards import Manifest, ShardDirectory, ShardError
 from starmesh.types import HiddenLayout
 
@@ -46,8 +47,8 @@ def manifest_of(
     max_output_tokens: int = 0,
     temperature: float | None = None,
 ) -> Manifest:
-    """What the samples will have in common. ``hidden_layers`` is as an engine's flag, empty for its default: the middle
-    layer and the last. Limit and temperature are 0 and None where requests choose their own. Raises CliError for a
+    """What the samples will have in common. ``hidden_layers`` is as an engine's flag, empty for those that any kind of
+    predictor looks at. Limit and temperature are 0 and None where requests choose their own. Raises CliError for a
     model whose configuration does not tell its sizes, and other layers."""
     try:
         config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
@@ -58,7 +59,10 @@ def manifest_of(
             f"config.json of {model_directory} does not tell the layers and their width: {error!r}"
         ) from None
     try:
-        wanted = {int(layer) for layer in hidden_layers.split(",")} if hidden_layers else {max(1, layers // 2), layers}
+        if hidden_layers:
+            wanted = {int(layer) for layer in hidden_layers.split(",")}
+        else:
+            wanted = {layer for kind in KINDS.values() for layer in kind.depth.layers(layers)}
     except ValueError:
         wanted = set()
     if not wanted or not all(1 <= layer <= layers for layer in wanted):
@@ -71,6 +75,11 @@ def manifest_of(
         sampling={} if temperature is None else {"temperature": temperature},
         max_output_tokens=max_output_tokens,
     )
+
+
+def layers_flag(manifest: Manifest) -> str:
+    """The engines' flag for the layers of its samples."""
+    return ",".join(map(str, manifest.layout.layers))
 
 
 def prepare(directory: Path, manifest: Manifest, prompts_sha256: str = "") -> None:

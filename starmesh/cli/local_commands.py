@@ -5,6 +5,7 @@ What they do is in the modules beside this one, imported only when they run: ``-
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -56,7 +57,7 @@ def up(
     """Start a local cluster and keep it up until Ctrl-C."""
     from rich.console import Console
 
-    from starmesh.cli.collection import manifest_of, prepare
+    from starmesh.cli.collection import layers_flag, manifest_of, prepare
     from starmesh.cli.local_cluster import ClusterPlan
     from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.up import up as keep_up
@@ -84,8 +85,9 @@ def up(
     try:
         choice = choose_predictor(predicting, directory)
         if collect is not None:
-            layers = choice.hidden_layers
-            prepare(collect, manifest_of(directory, hidden_layers=layers, every_tokens=EVERY_TOKENS, dtype=dtype))
+            kept = manifest_of(directory, hidden_layers=choice.hidden_layers, every_tokens=EVERY_TOKENS, dtype=dtype)
+            prepare(collect, kept)
+            choice = dataclasses.replace(choice, hidden_layers=layers_flag(kept))
     except CliError as error:
         fail(str(error))
     plan = ClusterPlan(

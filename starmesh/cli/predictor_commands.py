@@ -79,7 +79,10 @@ def collect(
     model: local_options.Model = local_options.DEFAULT_MODEL,
     decode: Annotated[int, typer.Option(min=1, help="Decode instances.")] = 1,
     hidden_layers: Annotated[
-        str, typer.Option(metavar="LAYERS", help="As in 15,30. (default: the middle one and the last)")
+        str,
+        typer.Option(
+            metavar="LAYERS", help="Whose outputs are stored, as in 20,30. (default: those that kinds look at)"
+        ),
     ] = "",
     every_tokens: Annotated[int, typer.Option(min=1, help="Tokens between two samples of a request.")] = (
         local_options.EVERY_TOKENS
@@ -106,7 +109,7 @@ def collect(
     from starmesh.cli.bench import read_prompts
     from starmesh.cli.collect import Conditions
     from starmesh.cli.collect_command import collect_all
-    from starmesh.cli.collection import digest, manifest_of, plan_requests, prepare
+    from starmesh.cli.collection import digest, layers_flag, manifest_of, plan_requests, prepare
     from starmesh.cli.local_cluster import ClusterPlan
 
     if out is None and not router:
@@ -129,7 +132,7 @@ def collect(
                 "--device": device,
                 "--dtype": dtype,
                 "--threads": threads,
-                "--hidden-layers": ",".join(map(str, manifest.layout.layers)),
+                "--hidden-layers": layers_flag(manifest),
                 "--hidden-every-tokens": every_tokens,
             }
             # A trained one would refuse samples of other layers than its own.

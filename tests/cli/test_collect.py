@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from starmesh.cli.collection import manifest_of
 from starmesh.cli.predictor_status import look_at_predictor
 from starmesh.cli.router import connect
-from starmesh.engine.hidden_states import choose_layers
 from starmesh.prediction.shards import read_manifest, read_sequences
 from tests.mesh.processes import until
 
@@ -63,15 +61,6 @@ class Collecting:
 
     def stored(self) -> Counter[str]:
         return Counter(sequence.request_id for sequence in read_sequences(self.out))
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3, 30])
-def test_the_default_layers_are_the_engines(tmp_path: Path, layers: int) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": layers, "hidden_size": 8}))
-    manifest = manifest_of(
-        tmp_path, hidden_layers="", every_tokens=20, dtype="float32", max_output_tokens=1, temperature=0.0
-    )
-    assert manifest.layout.layers == choose_layers(None, layers=layers)
 
 
 async def test_a_collection_goes_on_where_it_was_interrupted(tmp_path: Path, ending_model_dir: Path) -> None:

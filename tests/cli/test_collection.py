@@ -15,10 +15,19 @@ from typer.testing import CliRunner
 
 from starmesh.cli.app import app
 from starmesh.cli.collect_report import lengths_summary, progress_line, run_summary, span, stored_summary
-from starmesh.cli.collection import CollectionRequest, digest, left_out, manifest_of, plan_requests, prepare
+from starmesh.cli.collection import (
+    CollectionRequest,
+    digest,
+    layers_flag,
+    left_out,
+    manifest_of,
+    plan_requests,
+    prepare,
+)
 from starmesh.cli.collection_run import Tally
 from starmesh.cli.run import CliError
 from starmesh.model_files import model_revision
+from starmesh.prediction.kinds import KINDS
 from starmesh.prediction.shards import Manifest, SampledSequence, ShardDirectory, read_manifest, read_stored
 from starmesh.types import HiddenLayout
 from starmesh.v1 import inference_pb2, sequence_pb2
@@ -100,7 +109,10 @@ def manifest(model: Path, *, layers: str = "", temperature: float = 0.7) -> Mani
 
 def test_the_manifest_says_what_samples_are_of(model: Path) -> None:
     found = manifest(model)
-    assert found.layout == HiddenLayout(model_revision(model), (2, 5), 4)
+    # Two thirds up, and the last: what the kinds of predictors look at.
+    assert found.layout == HiddenLayout(model_revision(model), (3, 5), 4)
+    assert all(set(kind.depth.layers(5)) <= {3, 5} for kind in KINDS.values())
+    assert layers_flag(found) == "3,5"
     assert (found.model, found.sampling, found.max_output_tokens) == ("model", {"temperature": 0.7}, 64)
     assert manifest(model, layers="5,1,1").layout.layers == (1, 5)
     for wrong in ("0", "6", "none", "1,,2"):
