@@ -23,7 +23,6 @@ MAX_SAMPLES: Final = 1024
 MAX_ENDS: Final = 1024
 MAX_LAYERS: Final = 16
 MAX_WIDTH: Final = 1 << 16
-MAX_TOKENS: Final = (1 << 31) - 1
 _MAX_REVISION_LENGTH: Final = 256
 
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -63,6 +63,7 @@ SEQUENCES = st.lists(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(SEQUENCES, min_size=1, max_size=3))
 def test_what_is_written_is_read(shards: list[list[SampledSequence]]) -> None:
     with tempfile.TemporaryDirectory() as name:

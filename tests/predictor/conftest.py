@@ -15,7 +15,7 @@ from opentelemetry.metrics import NoOpMeterProvider
 from services.predictor.collector import open_collector
 from services.predictor.instruments import Instruments
 from services.predictor.predictor import PredictorService
-from services.predictor.registry import Registry
+from services.predictor.registry import PredictorFiles, Registry
 from services.predictor.servicer import PredictorServicer
 from starmesh.prediction.batch import Predictor
 from starmesh.prediction.conditional_median import ConditionalMedian
@@ -69,7 +69,7 @@ async def failure(call: Awaitable[object]) -> StatusError:
 async def serving(
     predictor: Predictor | None = None,
     *,
-    files: Files | None = None,
+    files: Files | PredictorFiles | None = None,
     directory: Path | None = None,
     named: str = "",
     recalibrate: bool = False,
@@ -82,10 +82,15 @@ async def serving(
     files = files or Files()
     if predictor is not None:
         given = Path("given.safetensors")
+        assert isinstance(files, Files)
         files.given[given.stem] = predictor
         named = str(given)
     registry = Registry(
-        files.files(), directory=directory, named=named, recalibrate=recalibrate, median=ConditionalMedian()
+        files.files() if isinstance(files, Files) else files,
+        directory=directory,
+        named=named,
+        recalibrate=recalibrate,
+        median=ConditionalMedian(),
     )
     await registry.start()
     instruments = Instruments(NoOpMeterProvider().get_meter("test"))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
-from services.predictor.registry import MAX_NAME_LENGTH
+from services.predictor.registry import MAX_NAME_LENGTH, PredictorFiles
+from starmesh.prediction.kinds import COUNT_INPUTS, KINDS
+from starmesh.prediction.network import Dense, Network
+from starmesh.prediction.predictor_file import load_predictor, save_predictor
 from starmesh.types import HiddenLayout
 from starmesh.v1 import predictor_pb2
 from tests.predictor.conftest import Running, failure, serving, until
@@ -89,6 +94,28 @@ async def test_files_that_come_later_are_found(tmp_path: Path) -> None:
         (entry,) = (await running.predict(request([sample("a", 0, 1)]))).estimates
         assert entry.estimate.remaining_tokens == 31
         assert (await running.promote(BUILT_IN)).version == await answering(running) == BUILT_IN
+
+
+async def test_a_trained_file_answers(tmp_path: Path) -> None:
+    """Weights of zero make every length equally likely; the file is what training writes."""
+    kind, edges = KINDS["starmesh"], np.arange(0, 101)
+    widths = [LAYOUT.width * len(LAYOUT.layers) + COUNT_INPUTS, *kind.hidden, len(edges) - 1]
+    dense = [
+        Dense(np.zeros((after, before), dtype=np.float32), np.zeros(after, dtype=np.float32))
+        for before, after in itertools.pairwise(widths)
+    ]
+    ones = np.ones(widths[0], dtype=np.float32)
+    save_predictor(
+        Network(kind, LAYOUT, 0 * ones, ones, tuple(dense), edges, 2.0), tmp_path / "mine.safetensors", trained={}
+    )
+    files = PredictorFiles(load_predictor, lambda model_revision: None, list)
+    async with serving(directory=tmp_path, files=files) as running:
+        assert (await running.promote("mine")).kind == "starmesh"
+        (entry,) = (await running.predict(request([sample("a", 20, 1)]))).estimates
+        assert (entry.estimate.remaining_tokens, entry.estimate.remaining_tokens_upper) == (50, 90)
+        (tmp_path / "half.safetensors").write_bytes((tmp_path / "mine.safetensors").read_bytes()[:500])
+        code, message = await promotion_failure(running, "half")
+        assert code is grpc.StatusCode.FAILED_PRECONDITION and "half.safetensors" in message
 
 
 async def test_what_cannot_answer_is_not_promoted(tmp_path: Path) -> None:
