@@ -141,10 +141,7 @@ class Batcher:
                 outcomes = list(self._outcomes)
                 self._outcomes.clear()
                 version, rows = self._queue.take(MAX_BATCH)
-                by_call = [
-                    (call, [row for _, row in of_call])
-                    for call, of_call in itertools.groupby(rows, lambda pair: pair[0])
-                ]
+                by_call = _by_call(rows)
                 self._note_batch(by_call)
                 try:
                     found = await loop.run_in_executor(self._thread, self._forward, outcomes, version, by_call)
