@@ -5,14 +5,22 @@ What they do is in the modules beside this one, imported only when they run: ``-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from starmesh.cli import local_options, options
 from starmesh.cli.options import DEFAULT_ADDRESS
 from starmesh.cli.run import CliError, fail, run
+
+Kind = Literal["starmesh", "mlp", "linear", "counts"]
+Samples = Annotated[
+    Path, typer.Argument(metavar="DIR", help="What `starmesh predictor collect` stored.", show_default=False)
+]
+SplitSeed = Annotated[int, typer.Option(help="Seed of the split into what teaches and what is held out.")]
 
 predictor_app = typer.Typer(help="Predict how many tokens requests still have to generate.", no_args_is_help=True)
 
@@ -160,3 +168,63 @@ def collect(
     )
     planned = plan_requests(lines, requests=requests, samples_per_prompt=samples_per_prompt, seed=seed)
     run(collect_all(where, planned, conditions, out, Console()), address=router)
+
+
+@predictor_app.command()
+def train(
+    *,
+    directory: Samples,
+    kind: Annotated[Kind, typer.Option(help="What it looks at and how.")] = "starmesh",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where it goes. (default: named for model and kind, here)")
+    ] = None,
+    seed: SplitSeed = 0,
+    device: local_options.Device = "cpu",
+    epochs: Annotated[int, typer.Option(min=1, help="At most; it stops early when it learns no more.")] = 100,
+) -> None:
+    """Train a predictor on collected samples, and show how it does on requests that it has not seen."""
+    from rich.console import Console
+
+    with _training():
+        from starmesh.prediction.training.command import train as fit
+
+        fit(Console(), directory=directory, kind=kind, out=out, seed=seed, device=device, epochs=epochs)
+
+
+@predictor_app.command()
+def evaluate(
+    *,
+    directory: Samples,
+    predictor: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to score. (default: the one shipped for the model)")
+    ] = None,
+    seed: SplitSeed = 0,
+) -> None:
+    """Score a predictor on the collected samples that training with the same seed holds out."""
+    from rich.console import Console
+
+    with _training():
+        from starmesh.prediction.predictor_file import shipped_predictor
+        from starmesh.prediction.shards import read_manifest
+        from starmesh.prediction.training.command import evaluate as score
+
+        manifest = read_manifest(directory)
+        file = predictor or shipped_predictor(manifest.layout.model_revision)
+        if file is None:
+            raise ValueError(f"none ships for {manifest.model}; name one with --predictor")
+        score(Console(), directory=directory, predictor=file, seed=seed)
+
+
+@contextmanager
+def _training() -> Iterator[None]:
+    """One line, and exit code 1, for what cannot be trained with."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; training needs `pip install starmesh[engine]`")
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
