@@ -18,7 +18,7 @@ import grpc.aio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from starmesh.cli.collect_report import progress_line, span
+from starmesh.cli.collect_report import progress_line
 from starmesh.cli.collection import CollectionRequest
 from starmesh.cli.collection_run import Tally, ask_all
 from starmesh.cli.local_cluster import ClusterPlan, start_cluster
@@ -138,14 +138,12 @@ async def _settle(router: RouterClient) -> int | None:
 @asynccontextmanager
 async def _showing(tally: Tally, console: Console) -> AsyncIterator[None]:
     """A progress bar on a terminal, a line a minute elsewhere."""
-    started_s = time.monotonic()
     if not console.is_terminal:
         lines = asyncio.create_task(_tick(tally, _LINE_INTERVAL_S, lambda: reporter(console)(progress_line(tally))))
         try:
             yield
         finally:
             lines.cancel()
-            reporter(console)(f"{progress_line(tally)}; took {span(time.monotonic() - started_s)}")
         return
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
