@@ -144,7 +144,7 @@ class KvTicket:
 
 @dataclass(frozen=True, slots=True)
 class HiddenLayout:
-    """What a hidden state [layers, width] is made of; samples and predictor must agree in all fields.
+    """What a hidden state [layers, width] is made of.
 
     ``layers`` ascend: n stands for the output of the first n layers, and the model's count of layers for its final
     hidden state, after the last norm. It travels and is stored as little-endian float16.
@@ -158,6 +158,13 @@ class HiddenLayout:
     def state_bytes(self) -> int:
         """Bytes of one hidden state."""
         return len(self.layers) * self.width * 2
+
+    def within(self, other: HiddenLayout) -> bool:
+        """Whether a hidden state of ``other`` contains one of this layout. One without layers is in every one of its
+        model."""
+        if self.model_revision != other.model_revision or not set(self.layers) <= set(other.layers):
+            return False
+        return not self.layers or self.width == other.width
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,15 @@ class Batcher:
         if layout is None or not layout.layers:
             nothing = np.zeros((len(outputs), 0, 0), dtype=np.float16)
             return SampleBatch(hidden_states=nothing, prompt_tokens=prompts, output_tokens=outputs)
-        states = np.concatenate([call.samples.hidden_states[rows] for call, rows in by_call])
+        # Instances may keep more layers than this predictor looks at.
+        states = np.concatenate(
+            [
+                call.samples.hidden_states[rows][
+                    :, [call.samples.layout.layers.index(layer) for layer in layout.layers]
+                ]
+                for call, rows in by_call
+            ]
+        )
         if self._averages is None or self._averages[0] != layout:
             self._averages = layout, RunningAverages(AVERAGES_BYTES // (2 * layout.state_bytes))
         ids = (call.samples.request_ids[row] for call, rows in by_call for row in rows)

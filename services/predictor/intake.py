@@ -129,18 +129,16 @@ def _check_tokens(field: str, count: int) -> None:
 
 
 def check_fits(layout: HiddenLayout, expected: HiddenLayout | None, version: str) -> None:
-    """Demand samples of the kind that a predictor takes: any for None, any of its model for one of no layers. Raises
-    StatusError naming the field and both values."""
-    if expected is None or layout == expected:
+    """Demand samples of the model that a predictor is for, with at least the layers that it looks at; any for None.
+    Raises StatusError naming the field and both values."""
+    if expected is None or expected.within(layout):
         return
-    if not expected.layers and layout.model_revision == expected.model_revision:
-        return
-    pairs: tuple[tuple[str, object, object], ...] = (
-        ("model_revision", layout.model_revision, expected.model_revision),
-        ("layers", list(layout.layers), list(expected.layers)),
-        ("width", layout.width, expected.width),
+    pairs: tuple[tuple[str, object, object, bool], ...] = (
+        ("model_revision", layout.model_revision, expected.model_revision, False),
+        ("width", layout.width, expected.width, False),
+        ("layers", list(layout.layers), list(expected.layers), True),
     )
-    field, sent, wanted = next(pair for pair in pairs if pair[1] != pair[2])
+    field, sent, wanted, _ = next(pair for pair in pairs if pair[3] or pair[1] != pair[2])
     raise bad_field(
         f"layout.{field}",
         f"is {sent}, but predictor {version} takes {wanted}; promote one for this model, or conditional_median",

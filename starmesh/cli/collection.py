@@ -18,7 +18,7 @@ from pathlib import Path
 
 from starmesh.cli.run import CliError
 from starmesh.model_files import model_name, model_revision
-from starmesh.prediction.kinds import KINDS
+from starmesh.prediction.kinds import layers_of_kinds
 from starmesh.prediction.shards import Manifest, ShardDirectory, ShardError
 from starmesh.types import HiddenLayout
 
@@ -59,10 +59,7 @@ def manifest_of(
             f"config.json of {model_directory} does not tell the layers and their width: {error!r}"
         ) from None
     try:
-        if hidden_layers:
-            wanted = {int(layer) for layer in hidden_layers.split(",")}
-        else:
-            wanted = {layer for kind in KINDS.values() for layer in kind.depth.layers(layers)}
+        wanted = {int(layer) for layer in hidden_layers.split(",")} if hidden_layers else set(layers_of_kinds(layers))
     except ValueError:
         wanted = set()
     if not wanted or not all(1 <= layer <= layers for layer in wanted):

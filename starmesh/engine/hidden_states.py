@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from starmesh.engine.checkpoint import UnsupportedModel
+from starmesh.prediction.kinds import layers_of_kinds
 from starmesh.types import HiddenLayout
 
 
 def choose_layers(wanted: Sequence[int] | None, *, layers: int) -> tuple[int, ...]:
-    """The layers whose output is kept, of a model with ``layers``: those ``wanted``, ascending; None is the middle one
-    and the last. Raises ValueError for numbers that are no layers."""
+    """The layers whose output is kept, of a model with ``layers``: those ``wanted``, ascending; None is all that some
+    kind of predictor looks at. Raises ValueError for numbers that are no layers."""
     if wanted is None:
-        wanted = (max(1, layers // 2), layers)
+        wanted = layers_of_kinds(layers)
     wrong = [str(layer) for layer in wanted if not 1 <= layer <= layers]
     if wrong:
         raise ValueError(

@@ -78,8 +78,8 @@ class TorchExecutor:
         """Load a model and set up its KV pool: of ``total_blocks``, or as many as fit ``kv_memory_bytes``.
 
         ``threads`` is torch's thread count for the whole process. ``use_native`` False leaves the compiled CPU kernels
-        out. ``hidden_layers`` are those whose output can be asked for: None the middle one and the last, empty none.
-        Raises UnsupportedModel, FileNotFoundError, or ValueError for settings that cannot be.
+        out. ``hidden_layers`` are those whose output can be asked for: None all that some kind of predictor looks at,
+        empty none. Raises UnsupportedModel, FileNotFoundError, or ValueError for settings that cannot be.
         """
         if (total_blocks is None) == (kv_memory_bytes is None):
             raise ValueError("give either total_blocks or kv_memory_bytes")

@@ -33,8 +33,8 @@ class EngineSettings(ServiceSettings):
     kv_lease_s: float = Field(30.0, gt=0, description="how long KV is kept for whoever is to pull it")
     hidden_layers: str = Field(
         "",
-        description="layers whose output the predictor gets, by their numbers from 1, separated by commas; empty: the "
-        "middle one and the last; none: none. Prefill and decode instances need the same",
+        description="layers whose output the predictor gets, by their numbers from 1, separated by commas; empty: all "
+        "that some kind of predictor looks at; none: none. Prefill and decode instances need the same",
     )
     hidden_every_tokens: int = Field(
         HIDDEN_EVERY_TOKENS, ge=1, description="tokens of a sequence between two of its hidden states"

@@ -51,7 +51,7 @@ class Predictor(Protocol):
 
     @property
     def layout(self) -> HiddenLayout | None:
-        """The samples that it takes; None for one that does not look at hidden states and takes any."""
+        """The samples that it takes: those of this model, with just these layers. None for one that takes any."""
         ...
 
     @property

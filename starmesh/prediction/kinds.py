@@ -86,3 +86,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         )
     }
 )
+
+
+def layers_of_kinds(model_layers: int) -> tuple[int, ...]:
+    """The layers of a model that some kind looks at, ascending: what is worth collecting."""
+    return tuple(sorted({layer for kind in KINDS.values() for layer in kind.depth.layers(model_layers)}))

@@ -108,7 +108,7 @@ def load(model_dir: Path, **settings: Any) -> TorchExecutor:
 @pytest.mark.parametrize("use_native", [True, False], ids=["native", "torch"])
 def test_ragged_chunked_batches_equal_generate(model_dir: Path, use_native: bool) -> None:
     prompts = make_prompts(1, 5, 12, 23)
-    executor = load(model_dir, use_native=use_native)
+    executor = load(model_dir, use_native=use_native, hidden_layers=(1, 3))
     runner = Runner(executor, prompts)
     outputs = runner.run_staggered(NEW_TOKENS)
 
@@ -121,7 +121,7 @@ def test_ragged_chunked_batches_equal_generate(model_dir: Path, use_native: bool
         assert outputs[index] == wanted
         with torch.inference_mode():
             stock = reference.model(torch.tensor([prompt + wanted]), output_hidden_states=True).hidden_states
-        # After one layer, the middle one, and after the last norm.
+        # After one layer, and after the last norm.
         states = torch.stack([stock[layer][0, len(prompt) - 1 : -1] for layer in (1, 3)], dim=1)
         torch.testing.assert_close(torch.stack(runner.hidden_states[index]), states, rtol=1e-4, atol=1e-4)
 

@@ -102,6 +102,17 @@ def test_the_largest_call_is_taken() -> None:
     assert samples is not None and samples.hidden_states.shape == (MAX_SAMPLES, 2, 3)
 
 
+async def test_of_more_layers_a_predictor_takes_its_own() -> None:
+    more = HiddenLayout("rev-1", (1, 2, 3, 4), 3)
+    states = np.full((4, 3), 9, dtype="<f2")
+    states[1] = 7
+    asked = sample("a")
+    asked.hidden_state = states.tobytes()
+    async with serving(Echo()) as running:
+        answer = await running.stub.Predict(request([asked], layout=more), timeout=WAIT_S)
+    assert [answered.estimate.remaining_tokens for answered in answer.estimates] == [7]
+
+
 @pytest.mark.parametrize(
     ("layout", "field", "named"),
     [
