@@ -38,6 +38,18 @@ class CollectionRequest:
         return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "big") >> 1
 
 
+def hidden_sizes(model_directory: Path) -> tuple[int, int]:
+    """A model's layers and the width of their outputs. Raises CliError where its configuration does not tell them."""
+    try:
+        config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)  # of a model that reads more than text
+        return int(config["num_hidden_layers"]), int(config["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CliError(
+            f"config.json of {model_directory} does not tell the layers and their width: {error!r}"
+        ) from None
+
+
 def manifest_of(
     model_directory: Path,
     *,
@@ -50,14 +62,7 @@ def manifest_of(
     """What the samples will have in common. ``hidden_layers`` is as an engine's flag, empty for those that any kind of
     predictor looks at. Limit and temperature are 0 and None where requests choose their own. Raises CliError for a
     model whose configuration does not tell its sizes, and other layers."""
-    try:
-        config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)  # of a model that reads more than text
-        layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CliError(
-            f"config.json of {model_directory} does not tell the layers and their width: {error!r}"
-        ) from None
+    layers, width = hidden_sizes(model_directory)
     try:
         wanted = {int(layer) for layer in hidden_layers.split(",")} if hidden_layers else set(layers_of_kinds(layers))
     except ValueError:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from starmesh.cli.collection import hidden_sizes
 from starmesh.cli.local_options import ONLINE_PREDICTOR, Predicting
 from starmesh.cli.run import CliError
 from starmesh.model_files import model_name, model_revision
+from starmesh.prediction.kinds import layers_of_kinds
 from starmesh.prediction.predictor_file import (
     SUFFIX,
     PredictorFileError,
@@ -24,8 +26,8 @@ from starmesh.prediction.predictor_file import (
 
 @dataclass(frozen=True, slots=True)
 class PredictorChoice:
-    """``hidden_layers`` is the engines' flag for what it looks at; empty where it looks at nothing, for their default.
-    ``description`` is for people."""
+    """``hidden_layers`` is the engines' flag; empty where their default has all that it looks at. ``description``
+    tells people who predicts."""
 
     hidden_layers: str
     description: str
@@ -60,8 +62,17 @@ def choose_predictor(predicting: Predicting, model_directory: Path) -> Predictor
             f"{path} is a predictor of another model than {model_name(model_directory)} (its revision is "
             f"{layout.model_revision}, not {revision}); make one with `starmesh predictor collect` and `train`"
         )
-    layers = ",".join(map(str, layout.layers))
-    return PredictorChoice(layers, f"remaining tokens are predicted by {predictor_version(path)}{origin}")
+    return PredictorChoice(
+        _flag(layout.layers, model_directory), f"remaining tokens are predicted by {predictor_version(path)}{origin}"
+    )
+
+
+def _flag(layers: tuple[int, ...], model_directory: Path) -> str:
+    if not layers:
+        return ""
+    default = layers_of_kinds(hidden_sizes(model_directory)[0])
+    # Beside the default ones, so that others may be promoted.
+    return "" if set(layers) <= set(default) else ",".join(map(str, sorted({*default, *layers})))
 
 
 def _named(predicting: Predicting) -> Path | None:

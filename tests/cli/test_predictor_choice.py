@@ -24,23 +24,32 @@ pytestmark = pytest.mark.fast
 def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"num_hidden_layers": 9, "hidden_size": 4}')
     return directory
 
 
-def write_predictor(path: Path, revision: str) -> Path:
+def write_predictor(path: Path, revision: str, layers: tuple[int, ...] = (6,)) -> Path:
     """Only what says what it is: nothing else is read before the predictor service does."""
-    layout = json.dumps(dataclasses.asdict(HiddenLayout(revision, (3, 9), 4)))
+    layout = json.dumps(dataclasses.asdict(HiddenLayout(revision, layers, 4)))
     save_file({"mean": np.zeros(1, dtype=np.float32)}, path, metadata={"format": FORMAT, "layout": layout})
     return path
 
 
-def test_a_file_or_a_version_says_which_layers_it_needs(tmp_path: Path, model: Path) -> None:
+def test_a_file_or_a_version_says_who_predicts(tmp_path: Path, model: Path) -> None:
     path = write_predictor(tmp_path / "mine.safetensors", model_revision(model))
     for predicting in (Predicting(predictor=str(path)), Predicting(predictor="mine", directory=tmp_path)):
-        choice = choose_predictor(predicting, model)
-        assert choice.engine_flags == ("--hidden-layers", "3,9")
-        assert choice.description == "remaining tokens are predicted by mine"
+        assert choose_predictor(predicting, model).description == "remaining tokens are predicted by mine"
+
+
+@pytest.mark.parametrize(
+    ("layers", "flags"),
+    [((6,), ()), ((6, 9), ()), ((), ()), ((3,), ("--hidden-layers", "3,6,9")), ((3, 9), ("--hidden-layers", "3,6,9"))],
+)
+def test_engines_keep_what_it_looks_at_beside_their_default(
+    tmp_path: Path, model: Path, layers: tuple[int, ...], flags: tuple[str, ...]
+) -> None:
+    path = write_predictor(tmp_path / "mine.safetensors", model_revision(model), layers)
+    assert choose_predictor(Predicting(predictor=str(path)), model).engine_flags == flags
 
 
 def test_without_a_file_the_engines_keep_their_default(model: Path) -> None:
