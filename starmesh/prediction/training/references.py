@@ -142,7 +142,7 @@ def _probabilities(network: Network, dataset: Dataset) -> Floats:
 
 
 def _factors(prompts: Sequence[Sequence[int]]) -> Floats:
-    """[prompts, BAG_FACTORS], each of unit variance."""
+    """[prompts, BAG_FACTORS]."""
     counts = [np.unique(np.asarray(prompt, dtype=np.int64), return_counts=True) for prompt in prompts]
     tokens = np.concatenate([ids for ids, _ in counts])
     columns, column_of = np.unique(tokens, return_inverse=True)
@@ -155,10 +155,11 @@ def _factors(prompts: Sequence[Sequence[int]]) -> Floats:
         torch.from_numpy(np.stack([rows, column_of])),
         torch.from_numpy((values / norms[rows]).astype(np.float32)),
         (len(prompts), len(columns)),
+        check_invariants=True,
     ).coalesce()
     torch.manual_seed(0)
     left, sizes, _ = torch.svd_lowrank(matrix, q=min(BAG_FACTORS, len(prompts), len(columns)), niter=4)
     factors = (left * sizes).numpy()
     padded = np.zeros((len(prompts), BAG_FACTORS), dtype=np.float32)
-    padded[:, : factors.shape[1]] = factors / (factors.std(axis=0) + 1e-6)
+    padded[:, : factors.shape[1]] = factors
     return padded

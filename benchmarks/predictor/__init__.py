@@ -1,0 +1,1 @@
+"""How well remaining lengths are predicted, by what, and at what cost: see ``__main__``."""

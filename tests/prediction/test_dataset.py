@@ -1,0 +1,52 @@
+"""Stored samples come back in order, and no split separates what belongs together."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from starmesh.prediction.averaging import averaged
+from starmesh.prediction.dataset import folds, load_dataset, split
+from starmesh.prediction.shards import ShardError, read_sequences
+from tests.prediction.samples import LAYOUT, write_samples
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_samples(tmp_path_factory.mktemp("samples"), 120, samples_per_prompt=3)
+
+
+def test_rows_are_the_stored_samples(samples: Path) -> None:
+    dataset = load_dataset(samples, (3,))
+    assert dataset.states.shape[1:] == (1, LAYOUT.width)
+    stored = list(read_sequences(samples))
+    for number in (0, 7, 119):
+        rows = dataset.rows_of(np.array([number]))
+        assert dataset.output_tokens[rows].tolist() == stored[number].output_tokens.tolist()
+        assert dataset.remaining_tokens[rows].tolist() == stored[number].remaining_tokens.tolist()
+        np.testing.assert_array_equal(dataset.states[rows], stored[number].hidden_states[:, [1]])
+        average = averaged(stored[number].hidden_states[:, [1]], stored[number].output_tokens)
+        np.testing.assert_array_equal(dataset.averages[rows], average.astype(np.float16))
+    lengths, finished = dataset.lengths_of(np.arange(120))
+    assert lengths.tolist() == [sequence.total_output_tokens for sequence in stored]
+    assert finished.tolist() == [sequence.finished for sequence in stored]
+
+
+def test_splits_keep_the_answers_to_a_prompt_together(samples: Path) -> None:
+    dataset = load_dataset(samples, ())
+    for parts in (split(dataset, seed=1), *folds(dataset, 4, seed=1)):
+        prompts = [set(dataset.prompt[part].tolist()) for part in (parts.train, parts.validation, parts.test)]
+        assert all(prompts) and sum(map(len, prompts)) == len(set.union(*prompts)) == 40
+    held_out = np.concatenate([parts.test for parts in folds(dataset, 4, seed=1)])
+    assert sorted(held_out.tolist()) == list(range(120))
+    first, again = split(dataset, seed=1), split(dataset, seed=1)
+    assert first.test.tolist() == again.test.tolist() != split(dataset, seed=2).test.tolist()
+
+
+def test_what_was_not_collected_is_refused(samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="--hidden-layers 2,5"):
+        load_dataset(samples, (2, 5))
+    with pytest.raises(ShardError, match="starmesh predictor collect"):
+        load_dataset(tmp_path, (3,))
