@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ def run(source: Source, tasks: Iterable[Task], *, processes: int, bar: Progress)
     """Each task's predictions [n, 2], NaN for rows that its fold does not hold out, and the model's parameters."""
     listed = list(tasks)
     shown = bar.add_task("models fitted", total=len(listed))
+    quiet = not bar.console.is_terminal
     found = {}
     with ProcessPoolExecutor(processes, initializer=_one_thread) as pool:
         # The long ones first, so that none is left over alone at the end.
@@ -54,6 +54,8 @@ def run(source: Source, tasks: Iterable[Task], *, processes: int, bar: Progress)
         for future in as_completed(futures):
             found[futures[future]] = future.result()
             bar.advance(shown)
+            if quiet:
+                bar.console.print(f"{len(found)} of {len(listed)} models fitted: {futures[future]}")
     return found
 
 
@@ -94,7 +96,6 @@ def _fit(source: Source, task: Task) -> tuple[Floats, int]:
     from starmesh.prediction.training.fit import config_for, fit
     from starmesh.prediction.training.models import MODELS, Material
 
-    os.nice(5)
     if task.layer is not None:
         dataset = _dataset(source.directory, (task.layer,))
         split = _split(dataset, source, task)

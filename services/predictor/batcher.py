@@ -40,7 +40,7 @@ MAX_BATCH: Final = 256
 MAX_OUTCOMES: Final = 4096
 """Outcomes that wait to be learned from; older ones are given up."""
 AVERAGES_BYTES: Final = 256 << 20
-"""What the averaged states of running sequences may take: some 58,000 sequences of the default model."""
+"""What the averaged states of running sequences may take: over 100,000 sequences of the default model, of one layer."""
 _MAX_REMAINING: Final = float(1 << 30)
 
 
@@ -169,7 +169,9 @@ class Batcher:
         corrected = predicted
         if version.recalibration is not None:
             corrected = version.recalibration.correct(batch.output_tokens, predicted)
-        return predicted, np.clip(corrected, 0.0, _MAX_REMAINING).round()
+        # Infinity is no answer either, though clipping would make it one.
+        sound = np.isfinite(predicted).all(axis=1, keepdims=True)
+        return predicted, np.where(sound, np.clip(corrected, 0.0, _MAX_REMAINING).round(), np.float32(np.nan))
 
     def _joined(self, version: Version, by_call: list[tuple[_Call, list[int]]]) -> SampleBatch:
         """One batch of the rows of several calls. A predictor that looks at no hidden states gets none: those of two

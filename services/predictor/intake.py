@@ -78,6 +78,10 @@ def samples_of(request: predictor_pb2.PredictRequest) -> Samples | None:
         seen.add(position)
     count = len(request.samples)
     states = np.frombuffer(b"".join(sample.hidden_state for sample in request.samples), dtype="<f2")
+    finite = np.isfinite(states).reshape(count, -1).all(axis=1)
+    if not finite.all():
+        # One would spoil its sequence's average, and a predictor trained with it.
+        raise bad_field(f"samples[{int(finite.argmin())}].hidden_state", "holds numbers that are not finite")
     return Samples(
         layout,
         tuple(sample.request_id for sample in request.samples),

@@ -142,8 +142,14 @@ class Registry:
             return self.median
         try:
             return await asyncio.to_thread(self._files.load, path)
+        except ValueError:
+            raise
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        except Exception as error:
+            # Whatever a file does to its reader: the choice of a version is made once and must come to an end.
+            log.exception("%s cannot be loaded", path)
+            raise ValueError(f"{path} cannot be loaded ({type(error).__name__}: {error}); train it again") from None
 
     def _known(self) -> dict[str, Path | None]:
         """Versions by name, the built-in first. Blocking."""

@@ -49,7 +49,8 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         try:
             samples, ends = samples_of(request), ends_of(request)
             left_s = context.time_remaining()
-            prediction = await self._service.predict(samples, ends, timeout_s=MAX_WAIT_S if left_s is None else left_s)
+            timeout_s = MAX_WAIT_S if left_s is None else left_s * (1.0 - _WAY_BACK)
+            prediction = await self._service.predict(samples, ends, timeout_s=timeout_s)
         finally:
             self._calls -= 1
             self._call_bytes -= size

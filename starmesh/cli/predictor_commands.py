@@ -181,6 +181,7 @@ def train(
     seed: SplitSeed = 0,
     device: local_options.Device = "cpu",
     epochs: Annotated[int, typer.Option(min=1, help="At most; it stops early when it learns no more.")] = 100,
+    layer: Annotated[int | None, typer.Option(min=1, help="Layer to look at. (default: as the kind does)")] = None,
 ) -> None:
     """Train a predictor on collected samples, and show how it does on requests that it has not seen."""
     from rich.console import Console
@@ -188,7 +189,7 @@ def train(
     with _training():
         from starmesh.prediction.training.command import train as fit
 
-        fit(Console(), directory=directory, kind=kind, out=out, seed=seed, device=device, epochs=epochs)
+        fit(Console(), directory=directory, kind=kind, out=out, seed=seed, device=device, epochs=epochs, layer=layer)
 
 
 @predictor_app.command()

@@ -50,9 +50,10 @@ class RunningAverages:
 
     def add(self, request_id: str, output_tokens: int, state: npt.NDArray[np.float16]) -> Floats:
         """The average [layers, width] with this sample. One that is not newer than the last, sent twice or late,
-        changes nothing."""
+        changes nothing; but a prompt's begins anew, since it may be another request's of the same name, of which no end
+        was told."""
         known = self._averages.get(request_id)
-        if known is None or known[1].shape != state.shape:
+        if known is None or output_tokens == 0 or known[1].shape != state.shape:
             average = state.astype(np.float32)
         elif output_tokens <= known[0]:
             return known[1]

@@ -25,6 +25,7 @@ IMPORTED = [
     "services.decode.worker",
     "services.prefill.servicer",
     "services.router.servicer",
+    "services.predictor.servicer",
     "nixl._api",
 ]
 

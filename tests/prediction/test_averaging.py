@@ -24,9 +24,10 @@ def test_serving_averages_as_training_does(places: list[int], data: st.DataObjec
     for index, (place, state) in enumerate(zip(places, states, strict=True)):
         found = running.add("a", place, state)
         np.testing.assert_array_equal(found, wanted[index])
-        if data.draw(st.booleans()):
+        seen = [place for place in places[: index + 1] if place]
+        if seen and data.draw(st.booleans()):
             # Twice, or one from before: nothing changes.
-            stale = data.draw(st.sampled_from(places[: index + 1]))
+            stale = data.draw(st.sampled_from(seen))
             np.testing.assert_array_equal(running.add("a", stale, state + np.float16(1)), wanted[index])
 
 
@@ -36,6 +37,16 @@ def test_the_average_is_a_weighted_mean() -> None:
     np.testing.assert_allclose(once, 1 - np.exp(-0.5), rtol=1e-6)
     # Two steps of 20 tokens towards the same state are one of 40.
     np.testing.assert_allclose(advance(once, state, 20), advance(0 * once, state, 40), rtol=1e-6)
+
+
+def test_another_request_of_the_same_name_begins_anew() -> None:
+    running = RunningAverages(4)
+    states = states_for(6)
+    for place, state in zip((0, 20, 300), states[:3], strict=True):
+        running.add("a", place, state)
+    np.testing.assert_array_equal(running.add("a", 0, states[3]), states[3].astype(np.float32))
+    wanted = averaged(states[3:5], np.array([0, 20], dtype=np.int32))
+    np.testing.assert_array_equal(running.add("a", 20, states[4]), wanted[1])
 
 
 def test_the_longest_silent_is_forgotten() -> None:

@@ -70,6 +70,8 @@ def _wrong(**changes: object) -> predictor_pb2.PredictionSample:
     [
         (request([sample("a"), _wrong(hidden_state=b"12345")]), "samples[1].hidden_state"),
         (request([_wrong(hidden_state=b"")]), "samples[0].hidden_state"),
+        (request([sample("a"), sample("b", 0, np.nan)]), "samples[1].hidden_state"),
+        (request([sample("a", 0, np.inf)]), "samples[0].hidden_state"),
         (request([_wrong(request_id="")]), "samples[0].request_id"),
         (request([_wrong(request_id="a b")]), "samples[0].request_id"),
         (request([_wrong(request_id="a" * 129)]), "samples[0].request_id"),
@@ -228,6 +230,15 @@ async def test_a_slow_predictor_answers_what_it_can_in_time() -> None:
         echo.gate.release(2)
 
 
+async def test_what_was_answered_in_time_reaches_the_caller() -> None:
+    echo = Echo(gate=threading.Semaphore(1))
+    async with serving(echo) as running:
+        message = request([sample("a", number, number) for number in range(300)])
+        assert len((await running.stub.Predict(message, timeout=3.0)).estimates) == 256
+        assert echo.gate is not None
+        echo.gate.release(2)
+
+
 async def test_a_broken_predictor_is_said_once_and_can_be_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(Failing()) as running:
         for _ in range(3):
@@ -247,8 +258,16 @@ class _Nan(Echo):
         return found
 
 
-async def test_what_is_not_a_number_is_left_out() -> None:
-    async with serving(_Nan()) as running:
+class _Infinite(Echo):
+    def predict(self, batch: SampleBatch) -> Floats:
+        found = super().predict(batch)
+        found[found > 1e4] = float("inf")
+        return found
+
+
+@pytest.mark.parametrize("predictor", [_Nan(), _Infinite()])
+async def test_what_is_not_a_number_is_left_out(predictor: Echo) -> None:
+    async with serving(predictor) as running:
         response = await running.predict(request([sample("a", 0, 1), sample("b", 0, 6e4), sample("c", 0, 3)]))
         assert values(response) == {"a": 1, "c": 3}
         status = await running.status()

@@ -52,6 +52,18 @@ async def test_a_broken_one_that_ships_keeps_nobody_from_serving(tmp_path: Path,
         assert await answering(running) == BUILT_IN
 
 
+async def test_whatever_a_file_does_to_its_reader_keeps_nobody_from_serving(tmp_path: Path) -> None:
+    def load(path: Path) -> Echo:
+        raise TypeError("data type 'bfloat16' not understood")
+
+    path = write_file(tmp_path, "strange")
+    files = PredictorFiles(load, {"rev-1": path}.get, lambda: [path])
+    async with serving(files=files) as running:
+        assert [await answering(running) for _ in range(2)] == [BUILT_IN] * 2
+        code, message = await promotion_failure(running, "strange")
+        assert code is grpc.StatusCode.FAILED_PRECONDITION and "bfloat16" in message
+
+
 async def test_one_that_ships_for_other_layers_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     layout = HiddenLayout("rev-1", (7,), 3)
     async with serving(files=Files(shipped={"rev-1": write_file(tmp_path, "shipped")})) as running:

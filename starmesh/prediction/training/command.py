@@ -22,15 +22,25 @@ from starmesh.prediction.training.fit import config_for, fit
 
 
 def train(
-    console: Console, *, directory: Path, kind: str, out: Path | None, seed: int, device: str, epochs: int
+    console: Console,
+    *,
+    directory: Path,
+    kind: str,
+    out: Path | None,
+    seed: int,
+    device: str,
+    epochs: int,
+    layer: int | None = None,
 ) -> Path:
     """Train a predictor of ``kind`` and write it to ``out`` (default: named after model and kind, in the working
-    directory). Prints how it does on requests that it has not seen. Raises ShardError, and ValueError for an unknown
-    kind or a device that is not there."""
+    directory). It looks at ``layer``, or at that of its kind in a model whose last layer is the last collected. Prints
+    how it does on requests that it has not seen. Raises ShardError, and ValueError for an unknown kind or a device that
+    is not there."""
     if kind not in KINDS:
         raise ValueError(f"no kind of predictor is named {kind!r}; there are {', '.join(KINDS)}")
     manifest = read_manifest(directory)
-    dataset = load_dataset(directory, KINDS[kind].depth.layers(max(manifest.layout.layers)))
+    chosen = KINDS[kind].depth.layers(max(manifest.layout.layers)) if layer is None else (layer,)
+    dataset = load_dataset(directory, chosen)
     parts = split(dataset, seed=seed)
     config = config_for(KINDS[kind], seed=seed, device=device, epochs=epochs)
     console.print(
