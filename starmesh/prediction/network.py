@@ -69,6 +69,12 @@ class Network:
         x: Floats = (inputs - self.mean) / self.scale
         for layer in self.dense[:-1]:
             x = x @ layer.weight.T + layer.bias
-            x = np.maximum(x, np.float32(0)) if self.description.activation == "relu" else x / (1 + np.exp(-x))
+            x = np.maximum(x, np.float32(0)) if self.description.activation == "relu" else _silu(x)
         result: Floats = x @ self.dense[-1].weight.T + self.dense[-1].bias
         return result
+
+
+def _silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # exp of what is far below 0 is infinite, and the quotient 0 as it should be
+        result: Floats = x / (1 + np.exp(-x))
+    return result

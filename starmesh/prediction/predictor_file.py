@@ -92,8 +92,11 @@ def load_predictor(path: Path) -> Network:
         raise PredictorFileError(
             f"{path} is of kind {metadata.get('kind')!r}; this version of starmesh has {', '.join(KINDS)}"
         )
-    with safe_open(path, framework="numpy") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except TypeError as error:  # a type that numpy does not have
+        raise PredictorFileError(f"{path} has numbers of another kind ({error}): train it again") from None
     try:
         dense = tuple(
             Dense(_floats(tensors[f"dense.{index}.weight"]), _floats(tensors[f"dense.{index}.bias"]))
@@ -106,10 +109,12 @@ def load_predictor(path: Path) -> Network:
             scale=_floats(tensors["scale"]),
             dense=dense,
             edges=tensors["edges"].astype(np.int64),
-            upper_ratio=float(tensors["upper_ratio"][0]),
+            upper_ratio=float(tensors["upper_ratio"].item()),
         )
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise PredictorFileError(f"{path} lacks {error}: train it again with `starmesh predictor train`") from None
+    except ValueError as error:
+        raise PredictorFileError(f"{path} is no predictor ({error}): train it again") from None
     _check(path, network)
     return network
 
@@ -119,7 +124,7 @@ def _check(path: Path, network: Network) -> None:
     kind, layout = network.description, network.layout
     states = 0 if kind.depth is Depth.NONE else len(layout.layers) * layout.width
     inputs = states + (COUNT_INPUTS if kind.counts else 0)
-    outputs = len(network.edges) - 1 if kind.outputs == "bins" else 1
+    outputs = network.edges.size - 1 if kind.outputs == "bins" else 1
     widths = [inputs, *kind.hidden, outputs]
     shapes = [layer.weight.shape for layer in network.dense]
     expected = [(after, before) for before, after in itertools.pairwise(widths)]
@@ -129,10 +134,11 @@ def _check(path: Path, network: Network) -> None:
         shapes != expected
         or biases != [(after,) for after in widths[1:]]
         or not network.mean.shape == network.scale.shape == (inputs,)
+        or network.edges.ndim != 1
         or (kind.outputs == "bins" and (outputs < 1 or np.any(np.diff(network.edges) < 1)))
         or not all(np.isfinite(part).all() for part in numbers)
         or not (network.scale > 0).all()
-        or not network.upper_ratio >= 1
+        or not 1 <= network.upper_ratio < np.inf
     ):
         raise PredictorFileError(
             f"{path} does not fit its description ({kind.name}, {inputs} inputs): train it again with "

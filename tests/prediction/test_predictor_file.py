@@ -39,7 +39,10 @@ def network_of(name: str, *, seed: int = 0) -> Network:
     inputs = WIDTH * len(layers) + (COUNT_INPUTS if kind.counts else 0)
     widths = [inputs, *kind.hidden, len(edges) - 1 if kind.outputs == "bins" else 1]
     dense = tuple(
-        Dense(rng.normal(size=(after, before)).astype(np.float32) / 10, rng.normal(size=after).astype(np.float32))
+        Dense(
+            rng.normal(size=(after, before)).astype(np.float32) / np.float32(10),
+            rng.normal(size=after).astype(np.float32),
+        )
         for before, after in itertools.pairwise(widths)
     )
     mean = rng.normal(size=inputs).astype(np.float32)
@@ -51,7 +54,7 @@ def batch_for(network: Network, count: int = 5) -> SampleBatch:
     rng = np.random.default_rng(1)
     states = rng.normal(size=(count, len(network.layout.layers), WIDTH)).astype(np.float16)
     counts = rng.integers(0, 500, size=(2, count))
-    return SampleBatch(states, counts[0], counts[1], states.astype(np.float32) / 2)
+    return SampleBatch(states, counts[0], counts[1], states.astype(np.float32) / np.float32(2))
 
 
 @pytest.mark.parametrize("name", list(KINDS))
@@ -90,7 +93,11 @@ def test_another_shape_of_hidden_states_is_refused() -> None:
         (lambda tensors, metadata: tensors.update(scale=0 * tensors["scale"]), "does not fit"),
         (lambda tensors, metadata: tensors.update(mean=np.nan * tensors["mean"]), "does not fit"),
         (lambda tensors, metadata: tensors.update(edges=tensors["edges"][::-1].copy()), "does not fit"),
+        (lambda tensors, metadata: tensors.update(edges=np.array(3)), "does not fit"),
+        (lambda tensors, metadata: tensors.update(edges=np.stack([tensors["edges"]] * 2, axis=1)), "does not fit"),
         (lambda tensors, metadata: tensors.update(mean=tensors["mean"][1:]), "does not fit"),
+        (lambda tensors, metadata: tensors.update(upper_ratio=np.array([np.inf])), "does not fit"),
+        (lambda tensors, metadata: tensors.update(upper_ratio=np.ones(2)), "no predictor"),
     ],
 )
 def test_a_broken_file_is_refused(change, said: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -108,6 +115,27 @@ def test_a_broken_file_is_refused(change, said: str, tmp_path: Path) -> None:  #
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(PredictorFileError, match=said):
         load_predictor(path)
+
+
+def test_numbers_of_a_type_that_numpy_does_not_have_are_refused(tmp_path: Path) -> None:
+    network = network_of("linear")
+    path = tmp_path / "strange.safetensors"
+    save_predictor(network, path, trained={}, half=True)
+    content = path.read_bytes()
+    assert content.count(b'"F16"') == 2
+    raw = bytearray(content.replace(b'"dtype":"F16"', b'"dtype":"BF16"'))
+    raw[:8] = (int.from_bytes(content[:8], "little") + 2).to_bytes(8, "little")
+    path.write_bytes(raw)
+    with pytest.raises(PredictorFileError, match="bfloat16"):
+        load_predictor(path)
+
+
+def test_a_state_far_from_all_others_is_answered() -> None:
+    network = network_of("starmesh")
+    states = np.full((1, 1, WIDTH), -6e4, dtype=np.float16)
+    zero = np.zeros(1, dtype=np.int64)
+    with np.errstate(all="raise", under="ignore"):
+        assert np.isfinite(network.predict(SampleBatch(states, zero, zero))).all()
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
