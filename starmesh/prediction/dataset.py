@@ -1,13 +1,14 @@
 """Collected samples as arrays, and their split for training: by request, never by sample.
 
 Owns reading a directory of shards for one choice of layers, and folds. Requests that answer the same prompt (ids
-``<prompt>-<sample>``, as ``starmesh predictor collect`` names them) stay together, since what is learned of one would
-give the other away. Owns no model.
+``p<prompt>-<sample>``, as ``starmesh predictor collect`` names them) stay together, since what is learned of one would
+give the other away. Requests of live traffic, of any other name, are each by itself. Owns no model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy.typing as npt
 from starmesh.prediction.averaging import averaged
 from starmesh.prediction.batch import Integers, SampleBatch
 from starmesh.prediction.shards import Manifest, SampledSequence, ShardError, read_manifest, read_sequences
+
+_COLLECTED = re.compile(r"(p\d+)-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +150,5 @@ def _of_prompts(dataset: Dataset, prompts: Integers) -> Integers:
 
 
 def _prompt_of(request_id: str) -> str:
-    return request_id.rpartition("-")[0] or request_id
+    collected = _COLLECTED.fullmatch(request_id)
+    return request_id if collected is None else collected[1]

@@ -1,5 +1,6 @@
 """Stored samples come back in order, and no split separates what belongs together."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from starmesh.prediction.averaging import averaged
 from starmesh.prediction.dataset import folds, load_dataset, split
-from starmesh.prediction.shards import ShardError, read_sequences
+from starmesh.prediction.shards import ShardDirectory, ShardError, read_manifest, read_sequences
 from tests.prediction.samples import LAYOUT, write_samples
 
 pytestmark = pytest.mark.fast
@@ -43,6 +44,16 @@ def test_splits_keep_the_answers_to_a_prompt_together(samples: Path) -> None:
     assert sorted(held_out.tolist()) == list(range(120))
     first, again = split(dataset, seed=1), split(dataset, seed=1)
     assert first.test.tolist() == again.test.tolist() != split(dataset, seed=2).test.tolist()
+
+
+def test_requests_of_live_traffic_are_each_by_themselves(samples: Path, tmp_path: Path) -> None:
+    stored = list(read_sequences(samples))[:20]
+    named = [dataclasses.replace(entry, request_id=f"user-{number}") for number, entry in enumerate(stored)]
+    ShardDirectory(tmp_path, read_manifest(samples)).write(named)
+    dataset = load_dataset(tmp_path, ())
+    assert dataset.prompt.tolist() == list(range(20))
+    parts = split(dataset, seed=0)
+    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [14, 3, 3]
 
 
 def test_what_was_not_collected_is_refused(samples: Path, tmp_path: Path) -> None:
