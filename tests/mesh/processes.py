@@ -111,6 +111,13 @@ class Mesh:
         await self.start("router", "router", *router_flags)
         await self.all_seen(prefill + decode + 1)
 
+    async def start_predictor(self, *flags: str) -> Service:
+        """predictor-0, that the router of a mesh that is up knows of."""
+        others = len(await self.instances())
+        predictor = await self.start("predictor", "predictor-0", *flags)
+        await self.all_seen(others + 1)
+        return predictor
+
     async def all_seen(self, count: int) -> None:
         """Wait until the router lists ``count`` instances."""
 
