@@ -34,7 +34,7 @@ class CollectionRequest:
 
     @property
     def seed(self) -> int:
-        """The first 32 bits, little-endian, of the SHA-256 of the name behind its p. The shipped predictor was trained on
+        """The first 32 bits, little-endian, of the SHA-256 of the name behind its p. The shipped predictor learned from
         answers with these seeds; with others its samples could not be had again."""
         return int.from_bytes(hashlib.sha256(self.request_id.removeprefix("p").encode()).digest()[:4], "little")
 

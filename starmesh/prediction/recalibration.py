@@ -5,13 +5,16 @@ is given what a predictor said, before any correction, and what came of it.
 
 The method is split conformal prediction of quantiles (Romano, Patterson and Candes, NeurIPS 2019) with two changes.
 The score is a ratio, (remaining + 1) / (predicted + 1), and not a difference: what is wrong with a predicted length is
-wrong in proportion to it. And a request gives as many scores as it had samples, which are not exchangeable with
-another's, so each request's scores weigh one together (Dunn, Wasserman and Ramdas, JASA 118, 2023: pooled CDFs). The
-0.9 quantile of the scores of n requests, taken at level 0.9 (n + 1) / n, is the factor for the 0.9 quantile; their
-median that for the median. That promises coverage over requests like those of the window, in each bucket of tokens
-generated (below); it follows a change of traffic as the window does.
+wrong in proportion to it. And a request gives as many scores as it had samples. Every sample weighs the same, since
+what is to hold is the part of the sequences running at a moment that stay within their quantiles, and a long request
+runs at more moments. (Were it each request that weighs the same, those that end soon after they reach a bucket would
+outweigh those that stay, and quantiles that are right at every position would be lowered.) The 0.9 quantile of the
+scores of n requests, taken at level 0.9 (n + 1) / n, is the factor for the 0.9 quantile; their median that for the
+median. Samples of one request resemble each other, so the coverage is about right in each bucket of tokens generated
+(below), and no promise; it follows a change of traffic as the window does.
 
-Of a cut request a score is only known to be exceeded; it counts by the product-limit estimate (``survival``).
+Of a cut request a score is only known to be exceeded; it counts by the product-limit estimate (``survival``). Where so
+many are cut that a quantile is not known, it is not lowered either.
 
 Factors differ by how many tokens were generated, where enough requests got that far; elsewhere all samples' factors
 serve, and before there are enough of any, nothing is changed.
@@ -36,17 +39,19 @@ MIN_REQUESTS: Final = 100
 BUCKET_EDGES: Final = (1, 64, 256, 1024)
 """The first bucket is the prompt alone; later ones are wider as requests that get so far are rarer."""
 
-_REQUEST_SAMPLES: Final = 16
+_BUCKET_SAMPLES: Final = 8
+"""Kept of one request's in each bucket; enough, as they resemble each other."""
 _REFIT_REQUESTS: Final = 10
 _UNCHANGED: Final = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """One request's scores, [n, 2], and the buckets of their samples, [n]."""
+    """One request's scores, [n, 2], the buckets of their samples, [n], and how many samples each stands for, [n]."""
 
     buckets: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
     finished: bool
 
 
@@ -66,13 +71,14 @@ class Recalibration:
 
     def observe(self, output_tokens: Integers, predicted: Floats, *, total_output_tokens: int, finished: bool) -> None:
         """Learn of a request that has ended: what was predicted, [n, 2], when it had ``output_tokens``, [n], ascending.
-        Of many samples some, evenly spread, are kept."""
+        Of many samples in a bucket some, evenly spread, are kept."""
         if not len(output_tokens):
             return
-        kept = np.unique(np.linspace(0, len(output_tokens) - 1, _REQUEST_SAMPLES).round().astype(np.int64))
+        buckets = _buckets(output_tokens)
+        kept, weights = _spread(buckets)
         remaining = np.maximum(total_output_tokens - output_tokens[kept], 0).astype(np.float64)
         scores = (remaining[:, None] + 1.0) / (predicted[kept].astype(np.float64) + 1.0)
-        self._window.append(_Scored(_buckets(output_tokens[kept]), scores, finished))
+        self._window.append(_Scored(buckets[kept], scores, weights, finished))
         self._observed += 1
 
     def correct(self, output_tokens: Integers, predicted: Floats) -> Floats:
@@ -90,23 +96,44 @@ class Recalibration:
         request = np.repeat(np.arange(len(counts)), counts)
         buckets = np.concatenate([scored.buckets for scored in self._window])
         scores = np.concatenate([scored.scores for scored in self._window])
+        weights = np.concatenate([scored.weights for scored in self._window])
         finished = np.repeat([scored.finished for scored in self._window], counts)
         # Cut requests alone tell no quantile.
-        overall = _factors(request, scores, finished) if finished.any() else _UNCHANGED
+        overall = _factors(scores, finished, weights, len(counts)) if finished.any() else _UNCHANGED
         for bucket in range(len(self._factors)):
             rows = buckets == bucket
             enough = len(np.unique(request[rows & finished])) >= self._min_requests
-            self._factors[bucket] = _factors(request[rows], scores[rows], finished[rows]) if enough else overall
+            requests = len(np.unique(request[rows]))
+            self._factors[bucket] = (
+                _factors(scores[rows], finished[rows], weights[rows], requests) if enough else overall
+            )
         self._fitted_at = self._observed
 
 
 def _factors(
-    request: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], finished: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64], finished: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64], requests: int
 ) -> tuple[float, float]:
-    _, which, counts = np.unique(request, return_inverse=True, return_counts=True)
-    weights = 1.0 / counts[which]
-    upper_level = min(1.0, UPPER_QUANTILE * (len(counts) + 1) / len(counts))
-    return quantile(scores[:, 0], finished, weights, 0.5), quantile(scores[:, 1], finished, weights, upper_level)
+    upper_level = min(1.0, UPPER_QUANTILE * (requests + 1) / requests)
+    return _factor(scores[:, 0], finished, weights, 0.5), _factor(scores[:, 1], finished, weights, upper_level)
+
+
+def _factor(
+    scores: npt.NDArray[np.float64], finished: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64], level: float
+) -> float:
+    found = quantile(scores, finished, weights, level)
+    # The largest score that is known bounds it from below.
+    return found if np.isfinite(found) else max(1.0, float(scores.max()))
+
+
+def _spread(buckets: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Rows, evenly spread within each bucket, and how many each stands for."""
+    rows, weights = [], []
+    for bucket in np.unique(buckets):
+        there = np.flatnonzero(buckets == bucket)
+        some = np.unique(np.linspace(0, len(there) - 1, _BUCKET_SAMPLES).round().astype(np.int64))
+        rows.append(there[some])
+        weights.append(np.full(len(some), len(there) / len(some)))
+    return np.concatenate(rows), np.concatenate(weights)
 
 
 def _buckets(output_tokens: Integers) -> npt.NDArray[np.int64]:

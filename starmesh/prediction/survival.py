@@ -27,10 +27,10 @@ def survival(values: Numbers, observed: npt.NDArray[np.bool_], weights: Numbers)
 
 
 def quantile(values: Numbers, observed: npt.NDArray[np.bool_], weights: Numbers, level: float) -> float:
-    """The smallest value that at most ``1 - level`` exceeds; the largest value where too many are cut to tell. Weights
-    are above 0. Raises ValueError for no values."""
+    """The smallest value that at most ``1 - level`` exceeds; infinite where too many are cut to tell. Weights are above
+    0. Raises ValueError for no values."""
     if not len(values):
         raise ValueError("nothing has no quantiles")
     points, exceeding = survival(values, observed, weights)
     index = int(np.searchsorted(-exceeding, level - 1.0 - _ROUNDING))
-    return float(points[min(index, len(points) - 1)])
+    return float(points[index]) if index < len(points) else float("inf")

@@ -146,8 +146,9 @@ def test_of_observed_values_it_is_the_weighted_quantile(values: list[tuple[int, 
     assert found == repeated[int(np.ceil(len(repeated) * level - LITTLE)) - 1]
 
 
-def test_where_too_many_are_cut_the_largest_value_bounds_the_quantile() -> None:
+def test_where_too_many_are_cut_the_quantile_is_not_known() -> None:
     observed = np.array([True, False, False])
-    assert quantile(np.array([1.0, 5.0, 9.0]), observed, np.ones(3), 0.9) == 9.0
+    assert quantile(np.array([1.0, 5.0, 9.0]), observed, np.ones(3), 0.3) == 1.0
+    assert quantile(np.array([1.0, 5.0, 9.0]), observed, np.ones(3), 0.9) == np.inf
     with pytest.raises(ValueError, match="nothing"):
         quantile(np.array([]), np.array([], dtype=np.bool_), np.array([]), 0.5)

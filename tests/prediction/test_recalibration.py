@@ -28,7 +28,7 @@ def simulate(
     scale: tuple[float, float], *, requests: int, cap: int = _UNCUT, seed: int = 5
 ) -> tuple[Recalibration, npt.NDArray[np.float64]]:
     """Requests of log-logistic length whose scale is known to a predictor that is wrong by ``scale``. Returns what was
-    learned, and the coverage of both corrected quantiles in each bucket over the last requests, each weighing one."""
+    learned, and the coverage of both corrected quantiles in each bucket over the last requests' samples."""
     generator = np.random.default_rng(seed)
     recalibration = Recalibration()
     inside: list[list[npt.NDArray[np.float64]]] = [[] for _ in range(len(BUCKET_EDGES) + 1)]
@@ -43,9 +43,9 @@ def simulate(
             covered = (length - positions)[:, None] <= corrected
             buckets = np.searchsorted(BUCKET_EDGES, positions, side="right")
             for bucket in np.unique(buckets):
-                inside[bucket].append(covered[buckets == bucket].mean(axis=0))
+                inside[bucket].append(covered[buckets == bucket])
         recalibration.observe(positions, predicted, total_output_tokens=min(length, cap), finished=length <= cap)
-    return recalibration, np.array([np.mean(rows, axis=0) for rows in inside if len(rows) >= 250])
+    return recalibration, np.array([np.concatenate(rows).mean(axis=0) for rows in inside if len(rows) >= 250])
 
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.4, 0.3), (3.0, 2.0), (0.5, 4.0)], ids=str)
@@ -71,16 +71,35 @@ def test_nothing_changes_before_enough_requests_have_ended() -> None:
     assert recalibration.correct(np.array([0, 100]), predicted)[0, 0] > 5.0
 
 
-def test_a_long_request_weighs_no_more_than_a_short_one() -> None:
-    """Two thirds of the requests need a factor of 2; the other third has a hundred samples each that need 10."""
-    recalibration = Recalibration(min_requests=30)
-    for number in range(90):
-        positions = np.arange(64, 264, 2) if number % 3 == 0 else np.array([64])
-        factor = 10 if number % 3 == 0 else 2
-        predicted = np.tile((np.array([400.0]) - positions[:, None] + 1.0) / factor - 1.0, (1, 2)).astype(np.float32)
-        recalibration.observe(positions, predicted, total_output_tokens=400, finished=True)
-    corrected = recalibration.correct(np.array([100]), np.array([[9.0, 9.0]], dtype=np.float32))
-    assert corrected[0].tolist() == pytest.approx([19.0, 99.0], abs=1e-3)
+def test_each_sample_weighs_the_same() -> None:
+    """Two thirds of the requests have a sample that needs a factor of 10; the other third ``many`` that need 2."""
+    for many, factors in ((1, [10.0, 10.0]), (3, [2.0, 10.0]), (30, [2.0, 2.0])):
+        recalibration = Recalibration(min_requests=30)
+        for number in range(90):
+            positions = 64 + 2 * np.arange(many) if number % 3 == 0 else np.array([64])
+            factor = 2 if number % 3 == 0 else 10
+            predicted = np.tile((401.0 - positions[:, None]) / factor - 1.0, (1, 2)).astype(np.float32)
+            recalibration.observe(positions, predicted, total_output_tokens=400, finished=True)
+        corrected = recalibration.correct(np.array([100]), np.array([[9.0, 9.0]], dtype=np.float32))
+        assert corrected[0].tolist() == pytest.approx([10 * factor - 1 for factor in factors], abs=1e-3)
+
+
+def test_quantiles_that_are_right_stay() -> None:
+    """Of the requests that come to a bucket those that end soon must not outweigh those that stay."""
+    recalibration, _ = simulate((1.0, 1.0), requests=600)
+    predicted = np.full((4, 2), 99.0, dtype=np.float32)
+    corrected = recalibration.correct(np.array([0, 40, 100, 400]), predicted)
+    assert corrected == pytest.approx(predicted, rel=0.25)
+
+
+def test_requests_that_are_mostly_cut_lower_nothing() -> None:
+    """One in fifty ends, as early as the others are cut: how long those would have become nobody knows."""
+    recalibration = Recalibration()
+    positions = np.array([0, 20, 40, 60])
+    predicted = np.stack([200.0 - positions, 800.0 - positions], axis=1).astype(np.float32)
+    for number in range(300):
+        recalibration.observe(positions, predicted, total_output_tokens=64, finished=number % 50 == 0)
+    assert recalibration.correct(positions, predicted).tolist() == predicted.tolist()
 
 
 def test_requests_that_were_all_cut_tell_nothing() -> None:
