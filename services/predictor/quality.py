@@ -1,7 +1,7 @@
 """How well recent estimates did, by how far their sequences were.
 
 Owns the rolling averages. Pure. Counts requests that the model itself ended: of one that was cut nobody knows what it
-still had to generate. Within a part of their lives each request weighs the same, as in the recalibration.
+still had to generate. Within a part of their lives each estimate weighs the same, as in the recalibration.
 
 A part of a life is known only afterwards, so the quantile is not meant to hold within each: requests that became long
 are over-represented among those sampled early and far from their end, and their upper quantile is exceeded more often
@@ -39,9 +39,9 @@ class RollingQuality:
     """Over the last ``window`` requests that were scored."""
 
     def __init__(self, *, window: int = WINDOW_REQUESTS) -> None:
-        # A row for each request: for each part 1 where it has estimates, how many, their mean error, their coverage.
+        # A row for each request: for each part how many estimates, the sum of their errors, how many were not exceeded.
         self._rows: deque[npt.NDArray[np.float64]] = deque()
-        self._sums = np.zeros((PARTS, 4))
+        self._sums = np.zeros((PARTS, 3))
         self._window = window
         self.qualities: tuple[Quality, ...] = ()
         """One for each part in which there is an estimate, in order; replaced as a whole, so any thread may read it."""
@@ -57,17 +57,14 @@ class RollingQuality:
         parts = np.minimum(outcome.positions * PARTS // outcome.output_tokens, PARTS - 1)
         errors = np.abs(outcome.answered[:, 0] - remaining)
         covered = outcome.answered[:, 1] >= remaining
-        counts = np.bincount(parts, minlength=PARTS).astype(np.float64)
-        divisor = np.maximum(counts, 1.0)
-        mae = np.bincount(parts, weights=errors, minlength=PARTS) / divisor
-        coverage = np.bincount(parts, weights=covered, minlength=PARTS) / divisor
-        row = np.stack([counts > 0, counts, mae, coverage], axis=1)
+        columns = (np.bincount(parts, weights=each, minlength=PARTS) for each in (np.ones(len(parts)), errors, covered))
+        row = np.stack(list(columns), axis=1).astype(np.float64)
         self._rows.append(row)
         self._sums += row
         if len(self._rows) > self._window:
             self._sums -= self._rows.popleft()
         self.qualities = tuple(
-            Quality(part / PARTS, (part + 1) / PARTS, round(estimates), mae_tokens / requests, covered / requests)
-            for part, (requests, estimates, mae_tokens, covered) in enumerate(self._sums.tolist())
-            if requests > 0
+            Quality(part / PARTS, (part + 1) / PARTS, round(estimates), error / estimates, inside / estimates)
+            for part, (estimates, error, inside) in enumerate(self._sums.tolist())
+            if estimates > 0
         )

@@ -118,12 +118,12 @@ def outcome_of(total: int, positions: list[int], medians: list[float], *, finish
     return Outcome("a", total, finished, VERSION, np.array(positions, dtype=np.int64), answered, answered)
 
 
-def test_quality_is_by_quarter_and_each_request_weighs_one() -> None:
+def test_quality_is_by_quarter_and_each_estimate_weighs_the_same() -> None:
     quality = RollingQuality()
     quality.observe(outcome_of(100, [0, 20, 80], [90, 60, 0]))  # off by 10 and 20; by 20 and exceeded
     quality.observe(outcome_of(40, [0], [10]))  # off by 30 and exceeded
     assert len(quality) == 2
-    assert quality.qualities == (Quality(0.0, 0.25, 3, 22.5, 0.5), Quality(0.75, 1.0, 1, 20.0, 0.0))
+    assert quality.qualities == (Quality(0.0, 0.25, 3, 20.0, 2 / 3), Quality(0.75, 1.0, 1, 20.0, 0.0))
 
 
 def test_cut_requests_are_not_scored() -> None:
