@@ -139,6 +139,7 @@ def _ratios(held_out: HeldOut, predictions: dict[str, Floats]) -> dict[str, Any]
         f"{ours}/{theirs}": {
             "all": dataclasses.asdict(held_out.ratio(predictions[ours], predictions[theirs])),
             "long": dataclasses.asdict(held_out.ratio(predictions[ours], predictions[theirs], long)),
+            "finished": dataclasses.asdict(held_out.ratio(predictions[ours], predictions[theirs], held_out.finished)),
         }
         for ours, theirs in wanted
     }

@@ -49,7 +49,7 @@ def run(source: Source, tasks: Iterable[Task], *, processes: int, bar: Progress)
     found = {}
     with ProcessPoolExecutor(processes, initializer=_one_thread) as pool:
         # The long ones first, so that none is left over alone at the end.
-        order = sorted(listed, key=lambda task: task.model != "mlp")
+        order = sorted(listed, key=lambda task: not task.model.startswith("mlp"))
         futures = {pool.submit(_fit, source, task): task for task in order}
         for future in as_completed(futures):
             found[futures[future]] = future.result()

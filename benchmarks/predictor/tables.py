@@ -43,8 +43,11 @@ def tables(result: dict[str, Any]) -> str:
         _by(result, "remaining", "by_remaining"),
         _heading("MAE over another's (below 1 is better), on the same resamples"),
         _table(
-            ["models", "all samples", "over 400 tokens to come"],
-            [[f"`{pair}`", _ratio(row["all"]), _ratio(row["long"])] for pair, row in result["ratios"].items()],
+            ["models", "all samples", "over 400 tokens to come", "requests not cut"],
+            [
+                [f"`{pair}`", *(_ratio(row[where]) for where in ("all", "long", "finished"))]
+                for pair, row in result["ratios"].items()
+            ],
         ),
         _heading("Coverage of the 0.9 quantile by progress"),
         _table(

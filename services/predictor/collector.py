@@ -178,6 +178,9 @@ class Collector:
         except (OSError, ShardError) as error:
             log.error("collecting into %s ends: %s", self._directory, error)
             return False
+        except Exception:
+            log.exception("collecting into %s ends", self._directory)
+            return False
         return True
 
     def _write(self, sequences: list[SampledSequence]) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from starmesh.types import HiddenLayout
 
 MANIFEST = "manifest.json"
 MAX_SHARD_SEQUENCES = 4096
+
+_SHARD_NAME = re.compile(r"shard-\d{6,}\.safetensors", re.ASCII)
 
 
 class ShardError(ValueError):
@@ -145,8 +148,8 @@ class ShardDirectory:
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """The shards there, oldest first."""
-    return sorted(directory.glob("shard-*.safetensors"))
+    """The shards there, oldest first. Files of other names are none: a copy would count its sequences twice."""
+    return sorted(path for path in directory.glob("shard-*.safetensors") if _SHARD_NAME.fullmatch(path.name))
 
 
 def read_manifest(directory: Path) -> Manifest:

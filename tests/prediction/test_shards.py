@@ -171,6 +171,14 @@ def test_a_shard_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         read_stored(tmp_path)
 
 
+def test_a_copy_is_no_shard(tmp_path: Path) -> None:
+    shards = ShardDirectory(tmp_path, KIND)
+    first = shards.write([sampled("a")])
+    (tmp_path / "shard-copy.safetensors").write_bytes(first.read_bytes())
+    assert shards.write([sampled("b")]).name == "shard-000001.safetensors"
+    assert [sequence.request_id for sequence in read_sequences(tmp_path)] == ["a", "b"]
+
+
 def test_an_interrupted_write_leaves_no_shard(tmp_path: Path) -> None:
     ShardDirectory(tmp_path, KIND)
     (tmp_path / ".shard-000000.safetensors.17").write_bytes(b"half")

@@ -118,6 +118,19 @@ async def test_a_full_disk_ends_the_collection_only(tmp_path: Path, caplog: pyte
         assert (await running.status()).collected_samples == 0
 
 
+async def test_a_bug_ends_the_collection_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(directory: ShardDirectory, sequences: Sequence[SampledSequence]) -> Path:
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr(ShardDirectory, "write", write)
+    collector = await open_collector(tmp_path, max_bytes=MANY)
+    collect(collector, "a", 50)
+    await collector.close()
+    assert "no such thing" in caplog.text and collector.samples == 0
+
+
 async def test_a_prepared_directory_keeps_its_manifest(tmp_path: Path) -> None:
     prepared = Manifest(layout=LAYOUT, model="tiny", dtype="float32", every_tokens=20, max_output_tokens=64)
     ShardDirectory(tmp_path, prepared)

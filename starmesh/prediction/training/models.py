@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import numpy as np
+
 from starmesh.prediction.batch import Floats, Integers
 from starmesh.prediction.dataset import Dataset, Split
 from starmesh.prediction.kinds import KINDS
@@ -40,11 +42,15 @@ class FittedModel:
     parameters: int
 
 
-def _network(name: str) -> Callable[[Material, Split], FittedModel]:
+def _network(name: str, *, cut_as_ended: bool = False) -> Callable[[Material, Split], FittedModel]:
+    """``cut_as_ended``: what was cut is taught as if it had wanted to end there."""
+
     def fitter(material: Material, split: Split) -> FittedModel:
         kind = KINDS[name]
         model_layers = max(layer for layers in material.by_layers for layer in layers)
         dataset = material.dataset(kind.depth.layers(model_layers))
+        if cut_as_ended:
+            dataset = replace(dataset, finished=np.ones_like(dataset.finished))
         config = config_for(kind) if material.config is None else material.config(name)
         network = fit(dataset, split, kind, config, on_epoch=lambda p: material.on_epoch(name, p)).network
         return FittedModel(lambda rows: network.predict(dataset.batch(rows)), network.parameters)
@@ -100,6 +106,7 @@ MODELS: Mapping[str, Callable[[Material, Split], FittedModel]] = MappingProxyTyp
         "prompt_state_minus_elapsed": _prompt_only(_state, PromptOnly.minus_elapsed),
         "prompt_state_given_elapsed": _prompt_only(_state, PromptOnly.given_elapsed),
         "mlp": _network("mlp"),
+        "mlp_cut_as_ended": _network("mlp", cut_as_ended=True),
         "starmesh": _network("starmesh"),
     }
 )
