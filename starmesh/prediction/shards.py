@@ -119,11 +119,6 @@ class ShardDirectory:
             _write(path, manifest.to_json().encode())
         self.manifest = manifest
 
-    @property
-    def stored_bytes(self) -> int:
-        """What the shards take on disk."""
-        return sum(path.stat().st_size for path in shard_paths(self.directory))
-
     def write(self, sequences: Sequence[SampledSequence]) -> Path:
         """Add a shard, whole or not at all. Blocking. Raises ShardError for sequences of another layout, and none."""
         layout = self.manifest.layout
@@ -160,15 +155,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise ShardError(
             f"{directory} has no {MANIFEST}: no samples were collected there; `starmesh predictor collect` does"
         ) from None
-
-
-def read_request_ids(directory: Path) -> set[str]:
-    """The requests that are stored already: what a collection that goes on leaves out."""
-    found: set[str] = set()
-    for path in shard_paths(directory):
-        with _opened(path) as shard:
-            found.update(_request_ids(path, shard))
-    return found
 
 
 def read_stored(directory: Path) -> list[StoredSequence]:
