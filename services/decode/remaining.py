@@ -17,7 +17,7 @@ from services.decode.sample_queue import End, Sample, SampleQueue
 from starmesh.engine.engine import SequenceOutput
 from starmesh.instance.hidden_state import pack_hidden_state
 from starmesh.instance.instance import Instance
-from starmesh.types import FinishReason, InstanceState, RemainingEstimate, Role, SequenceLoad
+from starmesh.types import FinishReason, HiddenLayout, InstanceState, RemainingEstimate, Role, SequenceLoad
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class RemainingTokens:
         self.link: PredictorLink | None = None
         self._instance = instance
         self._running = running
-        self._told_of_size = False
+        self._told_of_layout = False
         if config is not None and instance.hidden_layout is not None:
             self.link = PredictorLink(
                 self.queue,
@@ -45,24 +45,31 @@ class RemainingTokens:
             )
         instance.foresee = self.foresee
 
+    def usable(self, hidden_state: bytes, layout: HiddenLayout | None) -> bytes:
+        """A hidden state of a prefill, if it can be sent as one of this instance's own; else nothing, and the log says
+        so once. Another layer's of the same size would be taken for the right one."""
+        ours = self._instance.hidden_layout
+        if self.link is None or ours is None or not hidden_state:
+            return b""
+        if layout == ours and len(hidden_state) == ours.state_bytes:
+            return hidden_state
+        if not self._told_of_layout:
+            self._told_of_layout = True
+            log.warning(
+                "hidden states of prefills are not of layers %s like this instance's: they are not sent to the "
+                "predictor; give prefill and decode instances the same --hidden-layers",
+                ",".join(map(str, ours.layers)),
+            )
+        return b""
+
     def begun(self, running: RunningSequence, *, prefilled_tokens: int, hidden_state: bytes) -> None:
         """A sequence has come from a prefill of ``prefilled_tokens`` tokens that ended with ``hidden_state``; empty if
-        the prefill sent none."""
-        layout = self._instance.hidden_layout
+        there is none that is ``usable``."""
         output_tokens = prefilled_tokens - running.prompt_tokens
-        if self.link is None or layout is None or not hidden_state or output_tokens < 0:
+        if not hidden_state or output_tokens < 0:
             return
-        if len(hidden_state) != layout.state_bytes:
-            if not self._told_of_size:
-                self._told_of_size = True
-                log.warning(
-                    "hidden states of prefills have %d bytes, not %d: they are not sent to the predictor; give prefill "
-                    "and decode instances the same --hidden-layers",
-                    len(hidden_state),
-                    layout.state_bytes,
-                )
         # Of one whose estimate has come along, the predictor has had the sample from the router.
-        elif running.estimate is None or running.estimate.output_tokens < output_tokens:
+        if running.estimate is None or running.estimate.output_tokens < output_tokens:
             self._sampled(running, output_tokens, hidden_state)
 
     def made(self, running: RunningSequence, output: SequenceOutput) -> None:

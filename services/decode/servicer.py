@@ -67,6 +67,7 @@ class DecodeServicer(MigrationServicer):
                     timeout_s=self._bounded_s(start.timeout),
                     traceparent=start.traceparent,
                     hidden_state=start.hidden_state,
+                    hidden_layout=convert.hidden_layout(start.hidden_layout),
                     estimate=convert.estimate(start.estimate) if start.HasField("estimate") else None,
                 )
             elif action == "attach":

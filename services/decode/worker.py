@@ -25,7 +25,15 @@ from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import context_of, tracer
-from starmesh.types import FinishReason, InstanceState, KvTicket, Ownership, RemainingEstimate, SequenceSpec
+from starmesh.types import (
+    FinishReason,
+    HiddenLayout,
+    InstanceState,
+    KvTicket,
+    Ownership,
+    RemainingEstimate,
+    SequenceSpec,
+)
 from starmesh.v1 import sequence_pb2
 
 log = logging.getLogger(__name__)
@@ -69,10 +77,11 @@ class DecodeWorker:
         timeout_s: float,
         traceparent: str,
         hidden_state: bytes = b"",
+        hidden_layout: HiddenLayout | None = None,
         estimate: RemainingEstimate | None = None,
     ) -> None:
         """Take a sequence over. Tokens, its end or its failure go to ``link``. ``hidden_state`` is that of the last
-        token prefilled, packed, and ``estimate`` what has been made of it."""
+        token prefilled, packed, as ``hidden_layout`` describes it, and ``estimate`` what has been made of it."""
         request_id = spec.request_id
         try:
             self._check_takes(spec)
@@ -92,7 +101,8 @@ class DecodeWorker:
         running.before = before
         self._running[request_id] = running
         self._bound(running, timeout_s)
-        running.handoff = self.instance.background(self._take_over(running, spec, ticket, hidden_state))
+        usable = self.remaining.usable(hidden_state, hidden_layout)
+        running.handoff = self.instance.background(self._take_over(running, spec, ticket, usable))
 
     def attach(self, link: RouterLink, request_id: str, epoch: int, offset: int, *, timeout_s: float) -> None:
         """Send the tokens from ``offset`` on of a sequence that has moved here, or is about to; or that it has not."""

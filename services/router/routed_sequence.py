@@ -70,5 +70,6 @@ class RoutedSequence:
             timeout=convert.duration_pb(timeout_s),
             traceparent=current_traceparent(),
             hidden_state=prefilled.hidden_state,
+            hidden_layout=prefilled.hidden_layout if prefilled.HasField("hidden_layout") else None,
             estimate=convert.estimate_pb(self.estimate) if self.estimate is not None else None,
         )

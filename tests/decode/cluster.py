@@ -185,6 +185,7 @@ class Router:
             done.ticket,
             traceparent=traceparent,
             hidden_state=done.hidden_state,
+            hidden_layout=convert.hidden_layout_pb(done.hidden_layout) if done.hidden_layout is not None else None,
             estimate=convert.estimate_pb(estimate) if estimate is not None else None,
         )
         await request.until(lambda: len(request.stream.token_ids) > len(spec.output_token_ids) or request.failure)

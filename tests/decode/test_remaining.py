@@ -15,7 +15,7 @@ import pytest
 from services.decode.config import PredictorConfig
 from services.decode.worker import DecodeWorker
 from starmesh.rpc import convert
-from starmesh.types import FinishReason, RemainingEstimate, SequenceLoad
+from starmesh.types import FinishReason, HiddenLayout, RemainingEstimate, SequenceLoad
 from starmesh.v1 import sequence_pb2
 from tests.decode import predictor_peer as peers
 from tests.decode.cluster import Cluster, Hold, Request, running_cluster
@@ -270,7 +270,12 @@ async def test_what_cannot_be_an_estimate_is_not_taken_in(estimate: RemainingEst
         await finish(cluster, request)
 
 
-async def test_a_hidden_state_of_another_size_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("layout", "lacking"), [(HIDDEN_LAYOUT, 2), (replace(HIDDEN_LAYOUT, layers=(1, 3)), 0)], ids=["size", "layers"]
+)
+async def test_a_hidden_state_of_another_layout_is_not_sent(
+    layout: HiddenLayout, lacking: int, caplog: pytest.LogCaptureFixture
+) -> None:
     async with predicting() as (cluster, peer):
         for name in "ab":
             sequence = spec(name, limit=30, ignore_eos=False)
@@ -281,7 +286,8 @@ async def test_a_hidden_state_of_another_size_is_not_sent(caplog: pytest.LogCapt
                 done.ticket,
                 timeout_s=60.0,
                 traceparent="",
-                hidden_state=done.hidden_state[:-2],
+                hidden_state=done.hidden_state[: len(done.hidden_state) - lacking],
+                hidden_layout=layout,
             )
         await peer.until(lambda: len(peer.ends) == 2)
         assert {sample.output_tokens for sample in peer.samples} <= {20}

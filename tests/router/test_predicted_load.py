@@ -72,6 +72,7 @@ async def test_the_first_token_does_not_wait_for_the_predictor(mesh: Mesh) -> No
     (sample,) = request.samples
     assert (sample.request_id, sample.prompt_tokens, sample.output_tokens) == ("r", 5, 0)
     assert sample.hidden_state == begun.hidden_state == b"\x01\x02"
+    assert begun.hidden_layout == HIDDEN_LAYOUT
     assert begun.estimate == sequence_pb2.RemainingEstimate(
         output_tokens=0, remaining_tokens=5, remaining_tokens_upper=9
     )
