@@ -14,7 +14,7 @@ median. Samples of one request resemble each other, so the coverage is about rig
 (below), and no promise; it follows a change of traffic as the window does.
 
 Of a cut request a score is only known to be exceeded; it counts by the product-limit estimate (``survival``). Where so
-many are cut that a quantile is not known, it is not lowered either.
+many are cut that a quantile is not known, nothing is changed.
 
 Factors differ by how many tokens were generated, where enough requests got that far; elsewhere all samples' factors
 serve, and before there are enough of any, nothing is changed.
@@ -98,8 +98,7 @@ class Recalibration:
         scores = np.concatenate([scored.scores for scored in self._window])
         weights = np.concatenate([scored.weights for scored in self._window])
         finished = np.repeat([scored.finished for scored in self._window], counts)
-        # Cut requests alone tell no quantile.
-        overall = _factors(scores, finished, weights, len(counts)) if finished.any() else _UNCHANGED
+        overall = _factors(scores, finished, weights, len(counts))
         for bucket in range(len(self._factors)):
             rows = buckets == bucket
             enough = len(np.unique(request[rows & finished])) >= self._min_requests
@@ -121,8 +120,7 @@ def _factor(
     scores: npt.NDArray[np.float64], finished: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64], level: float
 ) -> float:
     found = quantile(scores, finished, weights, level)
-    # The largest score that is known bounds it from below.
-    return found if np.isfinite(found) else max(1.0, float(scores.max()))
+    return found if np.isfinite(found) else 1.0
 
 
 def _spread(buckets: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
