@@ -22,6 +22,9 @@ MAX_REQUESTS: Final = 8192
 MAX_ESTIMATES: Final = 512
 """Of one request: 10,240 tokens at one every 20. Of a longer one every second is kept, then every fourth, and so on."""
 
+MAX_HELD: Final = 1 << 19
+"""Estimates of all requests: some 120 MiB. As many requests as may be remembered hold them with 1,280 tokens each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -49,9 +52,13 @@ class _Estimated:
 class Outcomes:
     """Estimates by request."""
 
-    def __init__(self, *, max_requests: int = MAX_REQUESTS, max_estimates: int = MAX_ESTIMATES) -> None:
+    def __init__(
+        self, *, max_requests: int = MAX_REQUESTS, max_estimates: int = MAX_ESTIMATES, max_held: int = MAX_HELD
+    ) -> None:
         self._max_requests = max_requests
         self._max_estimates = max_estimates
+        self._max_held = max_held
+        self._held = 0
         self._running: OrderedDict[str, _Estimated] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
 
@@ -72,10 +79,12 @@ class Outcomes:
         whose tokens nobody has. Another version, or another prompt under the same name, begins anew."""
         known = self._running.get(request_id)
         if known is None or known.version is not version or known.prompt_tokens != prompt_tokens:
+            self._forget(request_id)
             known = self._running[request_id] = _Estimated(version, prompt_tokens)
             self._ended.pop(request_id, None)
         self._running.move_to_end(request_id)
         estimates = known.by_position
+        self._held -= len(estimates)
         while estimates and next(reversed(estimates)) >= position:
             estimates.popitem()
         if len(estimates) >= self._max_estimates:
@@ -84,12 +93,13 @@ class Outcomes:
         if known.noted % known.every == 0:
             estimates[position] = (*predicted, *answered)
         known.noted += 1
-        if len(self._running) > self._max_requests:
-            self._running.popitem(last=False)
+        self._held += len(estimates)
+        while len(self._running) > self._max_requests or self._held > self._max_held:
+            self._forget(next(iter(self._running)))
 
     def end(self, end: End) -> Outcome | None:
         """What came of a request; None when that is known already."""
-        known = self._running.pop(end.request_id, None)
+        known = self._forget(end.request_id)
         if end.request_id in self._ended:
             return None
         self._ended[end.request_id] = None
@@ -107,3 +117,9 @@ class Outcomes:
             predicted=columns[:, 1:3].astype(np.float32),
             answered=columns[:, 3:5].astype(np.float32),
         )
+
+    def _forget(self, request_id: str) -> _Estimated | None:
+        known = self._running.pop(request_id, None)
+        if known is not None:
+            self._held -= len(known.by_position)
+        return known

@@ -102,6 +102,18 @@ def test_the_request_that_was_silent_longest_is_forgotten() -> None:
     assert found == {"a": 2, "b": 0, "c": 1}
 
 
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 40), st.booleans()), max_size=60))
+def test_all_estimates_together_are_bounded(notes: list[tuple[str, int, bool]]) -> None:
+    outcomes = Outcomes(max_estimates=8, max_held=12)
+    for name, position, ends in notes:
+        note(outcomes, name, position)
+        if ends:
+            ended(outcomes, name, 50)
+        held = {request_id: len(known.by_position) for request_id, known in outcomes._running.items()}
+        assert outcomes._held == sum(held.values()) <= 12
+        assert ends or name in held
+
+
 @given(st.integers(1, 300))
 def test_a_long_request_keeps_some_estimates_of_all_its_life(count: int) -> None:
     outcomes = Outcomes(max_estimates=16)
