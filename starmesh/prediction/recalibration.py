@@ -42,7 +42,6 @@ BUCKET_EDGES: Final = (1, 64, 256, 1024)
 _BUCKET_SAMPLES: Final = 8
 """Kept of one request's in each bucket; enough, as they resemble each other."""
 _REFIT_REQUESTS: Final = 10
-_UNCHANGED: Final = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Recalibration:
         self._min_requests = min_requests
         self._observed = 0
         self._fitted_at = 0
-        self._factors = np.tile(np.array(_UNCHANGED), (len(BUCKET_EDGES) + 1, 1))
+        self._factors = np.ones((len(BUCKET_EDGES) + 1, 2))
 
     def observe(self, output_tokens: Integers, predicted: Floats, *, total_output_tokens: int, finished: bool) -> None:
         """Learn of a request that has ended: what was predicted, [n, 2], when it had ``output_tokens``, [n], ascending.
