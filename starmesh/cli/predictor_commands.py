@@ -182,6 +182,9 @@ def train(
     device: local_options.Device = "cpu",
     epochs: Annotated[int, typer.Option(min=1, help="At most; it stops early when it learns no more.")] = 100,
     layer: Annotated[int | None, typer.Option(min=1, help="Layer to look at. (default: as the kind does)")] = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="Hold no requests out: for the predictor to serve, when its error is known.")
+    ] = False,
 ) -> None:
     """Train a predictor on collected samples, and show how it does on requests that it has not seen."""
     from rich.console import Console
@@ -189,7 +192,17 @@ def train(
     with _training():
         from starmesh.prediction.training.command import train as fit
 
-        fit(Console(), directory=directory, kind=kind, out=out, seed=seed, device=device, epochs=epochs, layer=layer)
+        fit(
+            Console(),
+            directory=directory,
+            kind=kind,
+            out=out,
+            seed=seed,
+            device=device,
+            epochs=epochs,
+            layer=layer,
+            final=final,
+        )
 
 
 @predictor_app.command()

@@ -31,10 +31,12 @@ def train(
     device: str,
     epochs: int,
     layer: int | None = None,
+    final: bool = False,
 ) -> Path:
     """Train a predictor of ``kind`` and write it to ``out`` (default: named after model and kind, in the working
     directory). It looks at ``layer``, or at that of its kind in a model whose last layer is the last collected. Prints
-    how it does on requests that it has not seen. Raises ShardError, and ValueError for an unknown kind or a device that
+    how it does on requests that it has not seen; with ``final`` it learns from these too, and there is nothing to show.
+    Raises ShardError, and ValueError for an unknown kind or a device that
     is not there."""
     if kind not in KINDS:
         raise ValueError(f"no kind of predictor is named {kind!r}; there are {', '.join(KINDS)}")
@@ -42,6 +44,9 @@ def train(
     chosen = KINDS[kind].depth.layers(max(manifest.layout.layers)) if layer is None else (layer,)
     dataset = load_dataset(directory, chosen)
     parts = split(dataset, seed=seed)
+    if final:
+        nobody = parts.test[:0]
+        parts = Split(np.sort(np.concatenate([parts.train, parts.test])), parts.validation, nobody)
     config = config_for(KINDS[kind], seed=seed, device=device, epochs=epochs)
     console.print(
         f"{len(dataset.request_ids):,} requests, {len(dataset):,} samples of {manifest.model}; "
@@ -74,6 +79,7 @@ def train(
             "samples": len(dataset.rows_of(parts.train)),
             "epoch": fitted.epoch,
             "seed": seed,
+            "final": final,
             "model": manifest.model,
             "every_tokens": manifest.every_tokens,
             "sampling": manifest.sampling,
@@ -81,7 +87,8 @@ def train(
         },
         half=True,
     )
-    _show(console, dataset, parts, {predictor_version(path): load_predictor(path)})
+    if not final:
+        _show(console, dataset, parts, {predictor_version(path): load_predictor(path)})
     console.print(f"wrote {path}; to serve it: starmesh up --predictor {path}")
     return path
 
@@ -98,8 +105,9 @@ def evaluate(console: Console, *, directory: Path, predictor: Path, seed: int) -
         )
     dataset = load_dataset(directory, network.layout.layers)
     parts = split(dataset, seed=seed)
-    if read_trained(predictor).get("seed") != seed:
-        console.print(f"{predictor} was trained with another seed: some of these requests may have taught it")
+    trained = read_trained(predictor)
+    if trained.get("final") or trained.get("seed") != seed:
+        console.print(f"{predictor} may have learned from some of these requests: it does worse on others")
     _show(console, dataset, parts, {predictor_version(predictor): network})
 
 
