@@ -46,14 +46,21 @@ def test_splits_keep_the_answers_to_a_prompt_together(samples: Path) -> None:
     assert first.test.tolist() == again.test.tolist() != split(dataset, seed=2).test.tolist()
 
 
+def test_what_is_held_out_stays_so_while_the_collection_grows(samples: Path, tmp_path: Path) -> None:
+    whole = load_dataset(samples, ())
+    part = load_dataset(samples, (), most_sequences=60)
+    held_out = {whole.request_ids[index] for index in split(whole, seed=1).test}
+    assert {part.request_ids[index] for index in split(part, seed=1).test} == held_out & set(part.request_ids)
+
+
 def test_requests_of_live_traffic_are_each_by_themselves(samples: Path, tmp_path: Path) -> None:
     stored = list(read_sequences(samples))[:20]
     named = [dataclasses.replace(entry, request_id=f"user-{number}") for number, entry in enumerate(stored)]
     ShardDirectory(tmp_path, read_manifest(samples)).write(named)
     dataset = load_dataset(tmp_path, ())
     assert dataset.prompt.tolist() == list(range(20))
-    parts = split(dataset, seed=0)
-    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [14, 3, 3]
+    parts = [part.tolist() for part in dataclasses.astuple(split(dataset, seed=3))]
+    assert all(parts) and sorted(sum(parts, [])) == list(range(20))
 
 
 def test_what_was_not_collected_is_refused(samples: Path, tmp_path: Path) -> None:
