@@ -61,8 +61,8 @@ def run(source: Source, tasks: Iterable[Task], *, processes: int, bar: Progress)
 
 def together(results: Iterable[Floats]) -> Floats:
     """The folds' predictions in one array."""
-    stacked = np.stack(list(results))
-    return np.nanmax(stacked, axis=0)
+    merged: Floats = np.fmax.reduce(list(results))
+    return merged
 
 
 def _one_thread() -> None:
