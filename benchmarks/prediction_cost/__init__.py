@@ -1,0 +1,1 @@
+"""What predictions cost a decode instance: see ``__main__``."""
