@@ -41,7 +41,7 @@ def _by_progress(axes: Any, result: dict[str, Any]) -> None:
         values = [row["value"] for row in rows]
         errors = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
         axes.errorbar(places, values, yerr=errors, color=colour, marker="o", markersize=3, capsize=2, label=name)
-    axes.set_xticks(places, result["progress"])
+    axes.set_xticks(places, result["progress"], fontsize=7)
     axes.set(xlabel="part of the output generated", ylabel="MAE, tokens", title="error by progress", ylim=0)
     axes.legend(fontsize=7)
 
@@ -51,7 +51,7 @@ def _by_remaining(axes: Any, result: dict[str, Any]) -> None:
     for name, colour in COLOURS.items():
         rows = result["models"][name]["by_remaining"]
         axes.plot(places, [row["value"] for row in rows], color=colour, marker="o", markersize=3, label=name)
-    axes.set_xticks(places, result["remaining"])
+    axes.set_xticks(places, result["remaining"], fontsize=6)
     axes.set(xlabel="tokens that really remained", ylabel="MAE, tokens", title="error by what remained", ylim=0)
 
 
