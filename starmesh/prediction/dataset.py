@@ -75,8 +75,9 @@ def load_dataset(directory: Path, layers: tuple[int, ...], *, most_sequences: in
     manifest = read_manifest(directory)
     missing = [layer for layer in layers if layer not in manifest.layout.layers]
     if missing:
+        there = ", ".join(map(str, manifest.layout.layers))
         raise ShardError(
-            f"{directory} holds layers {', '.join(map(str, manifest.layout.layers))}, not {missing[0]}; collect again "
+            f"{directory} holds layers {there}, not {missing[0]}: train on one of those with --layer, or collect again "
             f"with --hidden-layers {','.join(map(str, layers))}"
         )
     picked = [manifest.layout.layers.index(layer) for layer in layers]
