@@ -37,7 +37,7 @@ model: setup ## get the default model, if it is not on this machine yet
 	@$(BIN)/starmesh model fetch --quiet
 
 fast: setup ## the tests without torch, Redis or sockets
-	$(BIN)/python -m pytest -q -m fast
+	$(BIN)/python -m pytest -q -m fast -n 2 --dist loadfile
 
 lint: setup ## style, types, layers, protos
 	$(BIN)/ruff check .

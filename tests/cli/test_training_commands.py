@@ -53,7 +53,7 @@ def test_a_predictor_is_trained_and_scored(samples: Path, tmp_path: Path) -> Non
     assert load_predictor(out).kind == "linear"
     scored = invoke("evaluate", samples, "--predictor", out)
     assert scored.exit_code == 0, scored.output
-    assert "9 requests held out" in scored.output
+    assert "12 requests held out" in scored.output
     assert "mine" in scored.output
 
 

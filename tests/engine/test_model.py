@@ -263,7 +263,7 @@ def test_what_the_executor_says_of_the_model(llama_dir: Path) -> None:
     assert executor.context_tokens == 128
     assert executor.vocabulary_tokens == VOCABULARY
     assert executor.eos_token_ids == (5, 9)
-    assert executor.hidden_layout == HiddenLayout(layout.model_revision, (1, 3), 64)
+    assert executor.hidden_layout == HiddenLayout(layout.model_revision, (2, 3), 64)
     assert executor.hidden_layout.state_bytes == 2 * 64 * 2
 
 
