@@ -17,6 +17,10 @@ from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, TransferBa
 
 log = logging.getLogger(__name__)
 
+START_ATTEMPTS = 3
+"""To register: a machine on which many services start at once may keep a sound ledger from answering in time. One that
+refuses connections does so three times at once."""
+
 
 class Membership:
     """Keeps one registration alive. ``load`` is awaited before each report; None means not to report, so that a
@@ -61,7 +65,13 @@ class Membership:
     async def start(self) -> None:
         """Register and begin to report. Raises LedgerError when the ledger does not answer: a process that has never
         been in the ledger is better off telling its operator than waiting unseen."""
-        await self._ledger.register(self._info, ttl_s=self._ttl_s)
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            try:
+                await self._ledger.register(self._info, ttl_s=self._ttl_s)
+                break
+            except LedgerError:
+                if not attempts_left:
+                    raise
         self._task = asyncio.create_task(self._run(), name="membership")
 
     def report_soon(self) -> None:

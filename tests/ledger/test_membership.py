@@ -70,6 +70,29 @@ async def test_it_registers_reports_and_leaves() -> None:
     assert (await ledger.view()).instances == ()
 
 
+@pytest.mark.parametrize("silent", [1, 2, 3])
+async def test_a_ledger_may_be_late_twice_at_the_start(silent: int) -> None:
+    class Late(MemoryLedger):
+        asked = 0
+
+        async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
+            self.asked += 1
+            if self.asked <= silent:
+                raise LedgerUnavailable("did not answer in time")
+            await super().register(info, ttl_s=ttl_s)
+
+    ledger = Late(VirtualClock())
+    member = membership(ledger, Reporter())
+    if silent < 3:
+        await member.start()
+        assert [view.info for view in (await ledger.view()).instances] == [INFO]
+        await member.stop()
+    else:
+        with pytest.raises(LedgerUnavailable):
+            await member.start()
+        assert ledger.asked == 3
+
+
 async def test_it_registers_again_where_it_was_forgotten() -> None:
     ledger, reporter = MemoryLedger(VirtualClock()), Reporter()
     member = membership(ledger, reporter)
