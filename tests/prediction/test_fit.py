@@ -36,14 +36,15 @@ def test_every_kind_beats_what_sees_no_state(name: str, samples: Path) -> None:
     parts = split(dataset, seed=0)
     # The paper's network is large; a smaller one of its kind learns the same here.
     kind = replace(KINDS[name], hidden=KINDS[name].hidden and (64, 32))
-    fitted = fit(dataset, parts, kind, replace(config_for(KINDS[name], epochs=40), learning_rate=5e-3))
+    # Without dropout, which spreads the distributions wider than these clear signals deserve.
+    config = replace(config_for(KINDS[name], epochs=40), learning_rate=5e-3, state_dropout=0.0, dropout=0.0)
+    fitted = fit(dataset, parts, kind, config)
     rows = dataset.rows_of(parts.test)
     held_out = HeldOut(dataset, rows, limit_tokens=CAP)
     predicted = fitted.network.predict(dataset.batch(rows))
     reference = references.conditional(dataset, parts)(rows)
     assert held_out.ratio(predicted, reference).high < 0.95
-    # Dropout spreads the distributions wider than these clear signals deserve.
-    assert 0.8 < held_out.scores(predicted).coverage.value < 0.995
+    assert 0.8 < held_out.scores(predicted).coverage.value < 0.98
 
 
 def test_the_same_seed_gives_the_same_weights(samples: Path) -> None:
@@ -124,7 +125,9 @@ def test_from_samples_to_a_scored_file(samples: Path, tmp_path: Path) -> None:
     )
     evaluate(console, directory=samples, predictor=path, seed=0)
     said = console.export_text()
-    assert "held out" in said and "starmesh up --predictor" in said
+    parts = split(load_dataset(samples, ()), seed=0)
+    assert f"{len(parts.train)} to learn from" in said and f"{len(parts.test)} held out" in said
+    assert "starmesh up --predictor" in said
     assert said.count("conditional_median") == 2 and said.count("v1") >= 2
     with pytest.raises(ValueError, match="no kind of predictor is named 'oracle'"):
         train(console, directory=samples, kind="oracle", out=None, seed=0, device="cpu", epochs=3)
