@@ -108,6 +108,7 @@ class NixlAgent:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nixl")
         self._native = _NativeAgent(api, memory, name)
         self._connecting: tuple[str, asyncio.Future[None]] | None = None
+        self._unwanted: set[str] = set()
 
     @classmethod
     async def open(cls, api: ModuleType, memory: BlockMemory, name: str) -> NixlAgent:
@@ -137,12 +138,22 @@ class NixlAgent:
         Raises NixlError. Once it has returned or raised, cancelled or not, nothing more is written; a cancelled READ
         may take CANCEL_GRACE_S to get there.
         """
+        # A peer to forget whose turn has not come yet, say behind a connection that hung, is wanted again.
+        self._unwanted.discard(peer.agent)
         read = _Read(peer, time.monotonic() + timeout_s)
         await to_its_end(self._read(read, block_ids, local_block_ids), on_cancel=read.hurry)
 
     async def forget(self, agent_name: str) -> None:
-        """Disconnect from a peer's agent once no READ from it is under way, and no connection is tried."""
-        forgetting = asyncio.ensure_future(self._call(self._native.forget, agent_name))
+        """Disconnect from a peer's agent once no READ from it is under way, and no connection is tried; not where a
+        READ from it is asked for before that."""
+
+        def forget() -> None:
+            if agent_name in self._unwanted:
+                self._unwanted.discard(agent_name)
+                self._native.forget(agent_name)
+
+        self._unwanted.add(agent_name)
+        forgetting = asyncio.ensure_future(self._call(forget))
         if not self._stuck:
             await forgetting
 
