@@ -35,3 +35,9 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"a clock does not go back ({seconds} s)")
         self._now_s += seconds
+
+    def reach(self, when_s: float) -> None:
+        """Go to ``when_s`` exactly: a sum of small advances would round. Raises ValueError for a time that is past."""
+        if when_s < self._now_s:
+            raise ValueError(f"a clock does not go back (from {self._now_s} to {when_s} s)")
+        self._now_s = when_s

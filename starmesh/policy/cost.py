@@ -15,8 +15,9 @@ class CostModel:
     """Linear costs of one kind of instance; all in seconds, none negative.
 
     A decode step reads the weights once (``step_base_s``), computes for each sequence (``step_sequence_s``) and reads
-    each resident token's KV (``step_token_s``, above 0). A transfer has a set-up (``transfer_setup_s``: the messages
-    before and after) and then moves ``transfer_bytes_per_s`` (above 0).
+    each resident token's KV (``step_token_s``, above 0). Where prompts are computed in a step, each of their tokens
+    costs ``prefill_token_s``, and ``prefill_pair_s`` for each token at or before it that it attends to. A transfer has
+    a set-up (``transfer_setup_s``: the messages before and after) and then moves ``transfer_bytes_per_s`` (above 0).
     """
 
     step_base_s: float
@@ -24,9 +25,12 @@ class CostModel:
     step_token_s: float
     transfer_setup_s: float
     transfer_bytes_per_s: float
+    prefill_token_s: float = 0.0
+    prefill_pair_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.step_base_s, self.step_sequence_s, self.transfer_setup_s) < 0:
+        costs = (self.step_base_s, self.step_sequence_s, self.transfer_setup_s)
+        if min(*costs, self.prefill_token_s, self.prefill_pair_s) < 0:
             raise ValueError(f"a cost is at least 0 s, not {self}")
         if self.step_token_s <= 0 or self.transfer_bytes_per_s <= 0:
             raise ValueError(f"step_token_s and transfer_bytes_per_s are above 0, not {self}")
@@ -34,6 +38,11 @@ class CostModel:
     def step_s(self, sequences: int, resident_tokens: int) -> float:
         """Seconds of a decode step over a batch of ``sequences`` that hold ``resident_tokens`` together."""
         return self.step_base_s + sequences * self.step_sequence_s + resident_tokens * self.step_token_s
+
+    def prefill_s(self, tokens: int, start: int) -> float:
+        """Seconds that the ``tokens`` next tokens of a prompt, of which ``start`` are computed, add to a step."""
+        pairs = tokens * start + tokens * (tokens + 1) // 2
+        return tokens * self.prefill_token_s + pairs * self.prefill_pair_s
 
     def transfer_s(self, size_bytes: float) -> float:
         """Seconds to move ``size_bytes`` of KV between two instances."""
