@@ -51,6 +51,17 @@ class SequenceLoads(Sequence[SequenceLoad]):
         self._lacking_tokens: int | None = None
 
     @classmethod
+    def of_buffers(cls, request_ids: tuple[str, ...], columns: Iterable[bytes]) -> SequenceLoads:
+        """The same from what ``columns`` are in the end: for those that compute them. Raises ValueError."""
+        found = cls.__new__(cls)
+        found.request_ids = request_ids
+        found.columns = tuple(columns)
+        if list(map(len, found.columns)) != [8 * len(request_ids)] * len(COUNTS):
+            raise ValueError(f"{len(request_ids)} sequences need as many of each of {len(COUNTS)} counts")
+        found._rows = found._lacking_tokens = None
+        return found
+
+    @classmethod
     def of(cls, rows: Sequence[SequenceLoad]) -> SequenceLoads:
         """The same rows in columns; ``rows`` itself if they already are."""
         if isinstance(rows, SequenceLoads):
