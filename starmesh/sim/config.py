@@ -60,7 +60,8 @@ class Strategy:
 class SimulationConfig:
     """One run. Seconds are of virtual time.
 
-    ``warm_up_s``: requests that arrive before it are served, but not measured. ``round_interval_s`` is the
+    ``warm_up_s``, ``measure_until_s``: requests that arrive before the one or after the other are served, but not
+    measured. ``round_interval_s`` is the
     rescheduler's, ``report_interval_s`` the instances' (0.25 s live). ``queue_length`` and ``queue_timeout_s`` bound
     the router's queue. ``every_step`` asks for the plain path, which makes each step by itself; the result is the same.
     """
@@ -72,6 +73,7 @@ class SimulationConfig:
     decode_instances: int = 3
     seed: int = 0
     warm_up_s: float = 0.0
+    measure_until_s: float | None = None
     round_interval_s: float = 1.0
     report_interval_s: float = 0.25
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
