@@ -61,9 +61,9 @@ class SimulationConfig:
     """One run. Seconds are of virtual time.
 
     ``warm_up_s``, ``measure_until_s``: requests that arrive before the one or after the other are served, but not
-    measured. ``round_interval_s`` is the
-    rescheduler's, ``report_interval_s`` the instances' (0.25 s live). ``queue_length`` and ``queue_timeout_s`` bound
-    the router's queue. ``every_step`` asks for the plain path, which makes each step by itself; the result is the same.
+    measured. ``round_interval_s`` is the rescheduler's, ``report_interval_s`` the instances' (0.25 s live).
+    ``queue_length`` and ``queue_timeout_s`` bound the router's queue. ``every_step`` asks for the plain path, which
+    makes each step by itself; the result is the same.
     """
 
     profile: Profile
