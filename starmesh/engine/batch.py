@@ -19,8 +19,9 @@ class BatchItem:
 
     Computes KV for ``token_ids``, which stand at positions ``start`` to ``start + len(token_ids) - 1``, into the
     blocks of ``block_ids`` (the whole block table, in order). ``history`` is set on items that sample: all tokens of
-    the sequence, prompt included, for penalties; its length is the position of the token to be sampled. An item that
-    samples may say ``wants_hidden_state``: that of its last token, which the step computes anyway.
+    the sequence, for penalties, of which the first ``prompt_tokens`` are the prompt; its length is the position of the
+    token to be sampled. An item that samples may say ``wants_hidden_state``: that of its last token, which the step
+    computes anyway.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class BatchItem:
     sampling: SamplingParams | None = None
     history: Sequence[int] | None = None
     wants_hidden_state: bool = False
+    prompt_tokens: int = 0
 
     @property
     def samples(self) -> bool:

@@ -345,6 +345,7 @@ class EngineCore:
             sampling=sequence.sampling,
             history=sequence.token_ids if catches_up else None,
             wants_hidden_state=catches_up and self._hidden_state_is_due(sequence),
+            prompt_tokens=sequence.prompt_tokens,
         )
 
     def _hidden_state_is_due(self, sequence: Sequence) -> bool:
