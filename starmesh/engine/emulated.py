@@ -20,7 +20,8 @@ EOS_TOKEN_ID = 2
 """Ends an emulated sequence."""
 
 FILLER_TOKEN_ID = 3
-"""Stands for any other token of an emulated output."""
+FILLER_TOKENS = 1000
+"""The ids from ``FILLER_TOKEN_ID`` on that stand for text."""
 
 _NOISE_CHUNK = 4096
 
@@ -73,6 +74,12 @@ def step_duration_s(cost: CostModel, batch: Batch) -> float:
     return cost.step_s(sequences, resident_tokens) + prefill_s
 
 
+def output_token_id(position: int) -> int:
+    """Stands for the output token at ``position`` of a sequence: neighbours differ, so that none can be lost or doubled
+    unseen."""
+    return FILLER_TOKEN_ID + position % FILLER_TOKENS
+
+
 class EmulatedExecutor:
     """Executes batches by ``cost``; implements ``Executor``.
 
@@ -108,4 +115,5 @@ class EmulatedExecutor:
     def _token(self, item: BatchItem) -> int | None:
         if item.history is None:
             return None
-        return EOS_TOKEN_ID if len(item.history) + 1 >= self._ends_at(item) else FILLER_TOKEN_ID
+        position = len(item.history)
+        return EOS_TOKEN_ID if position + 1 >= self._ends_at(item) else output_token_id(position)
