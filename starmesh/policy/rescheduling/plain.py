@@ -1,8 +1,9 @@
 """Frozen dataclasses as plain JSON values and back, strictly by their annotations.
 
-Owns the mapping: an object for a dataclass, an array for a tuple, a sorted array for a frozenset of strings, its value
-for an enum. The sequences of a load are most of what there is: they are rows without names. Numbers come back exactly:
-JSON as Python writes it has as many digits as a float needs. Owns no file format (``record``).
+Owns the mapping: an object for a dataclass or a mapping of strings, an array for a tuple, a sorted array for a
+frozenset of strings, its value for an enum. The sequences of a load are most of what there is: they are rows without
+names. Numbers come back exactly: JSON as Python writes it has as many digits as a float needs. Owns no file format
+(``record``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def to_plain(value: object) -> object:
         return value.value
     if dataclasses.is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -64,6 +67,8 @@ def _reader(hint: Any) -> _Reader:
         return _array(_reader(arguments[0]), tuple)
     if origin is frozenset:
         return _array(_reader(arguments[0]), frozenset)
+    if origin is Mapping and arguments[0] is str:
+        return _mapping(_reader(arguments[1]))
     if hint in _SCALARS:
         return _SCALARS[hint]
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -108,6 +113,15 @@ def _array(read: _Reader, collect: Callable[[Any], Any]) -> _Reader:
         return collect(read(item, f"{where}[{place}]") for place, item in enumerate(value))
 
     return read_array
+
+
+def _mapping(read: _Reader) -> _Reader:
+    def read_mapping(value: object, where: str) -> Any:
+        if not isinstance(value, dict):
+            _refuse(where, "is not an object")
+        return {name: read(item, f"{where}.{name}"[:160]) for name, item in value.items()}
+
+    return read_mapping
 
 
 def _member(kind: type[Enum]) -> _Reader:
