@@ -8,9 +8,9 @@ from typing import Final
 
 from pydantic import Field, field_validator
 
-from starmesh.policy.cost import PROFILES
 from starmesh.policy.rescheduling import POLICIES, ReschedulingConfig
 from starmesh.process import ServiceSettings
+from starmesh.profiles import load_profile, profile_names
 
 _DEFAULT: Final = ReschedulingConfig()
 _LEAD_ROUNDS: Final = 3.0
@@ -25,7 +25,9 @@ class ReschedulerSettings(ServiceSettings):
     round_interval_s: float = Field(1.0, ge=0.05, description="seconds between rounds")
     record: Path | None = Field(None, description="file to append each round to, as a line of JSON to plan again")
     record_max_mib: int = Field(256, ge=1, description="MiB at which recording ends")
-    cost_profile: str = Field("laptop_cpu", description=f"what steps and transfers cost: {', '.join(PROFILES)}")
+    profile: str = Field(
+        "laptop-cpu", description=f"what steps and transfers cost: {', '.join(profile_names())}, or a .toml file"
+    )
 
     policy: str = Field(_DEFAULT.policy, description=f"how requests are rebalanced: {', '.join(POLICIES)}")
     stale_after_s: float = Field(_DEFAULT.stale_after_s, gt=0, description="seconds after which a report is ignored")
@@ -54,11 +56,10 @@ class ReschedulerSettings(ServiceSettings):
             raise ValueError(f"there is no policy {name!r}: use one of {', '.join(POLICIES)}")
         return name
 
-    @field_validator("cost_profile")
+    @field_validator("profile")
     @classmethod
     def _known_profile(cls, name: str) -> str:
-        if name not in PROFILES:
-            raise ValueError(f"there is no profile {name!r}: use one of {', '.join(PROFILES)}")
+        load_profile(name)
         return name
 
     @field_validator("record")
@@ -77,5 +78,5 @@ class ReschedulerSettings(ServiceSettings):
         """What ``plan`` decides by."""
         names = {field.name for field in dataclasses.fields(ReschedulingConfig)} & type(self).model_fields.keys()
         return dataclasses.replace(
-            _DEFAULT, cost=PROFILES[self.cost_profile], **{name: getattr(self, name) for name in names}
+            _DEFAULT, cost=load_profile(self.profile).cost, **{name: getattr(self, name) for name in names}
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from services.rescheduler.config import ReschedulerSettings
-from starmesh.policy.cost import PROFILES
 from starmesh.policy.rescheduling import ReschedulingConfig
+from starmesh.profiles import load_profile, write_profile
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +21,7 @@ def settings(*flags: str) -> ReschedulerSettings:
 
 def test_defaults_are_the_policys_own() -> None:
     assert settings().rescheduling() == ReschedulingConfig()
-    assert settings().cost_profile == "laptop_cpu" and PROFILES["laptop_cpu"] == ReschedulingConfig().cost
+    assert settings().profile == "laptop-cpu" and load_profile("laptop-cpu").cost == ReschedulingConfig().cost
 
 
 def test_flags_reach_the_policy() -> None:
@@ -29,11 +30,19 @@ def test_flags_reach_the_policy() -> None:
     assert settings(*flags).rescheduling() == dataclasses.replace(ReschedulingConfig(), **expected)  # type: ignore[arg-type]
 
 
+def test_costs_are_those_of_any_profile(tmp_path: Path) -> None:
+    profile = load_profile("h100-7b")
+    assert settings("--profile", "h100-7b").rescheduling().cost == profile.cost
+    mine = profile.with_link(bytes_per_s=1e9)
+    write_profile(mine, tmp_path / "mine.toml")
+    assert settings("--profile", str(tmp_path / "mine.toml")).rescheduling().cost == mine.cost
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
         ("policy", "best"),
-        ("cost_profile", "abacus"),
+        ("profile", "abacus"),
         ("round_interval_s", "0"),
         ("watermark", "1"),
         ("max_in_flight_per_target", "0"),
