@@ -8,7 +8,7 @@ nothing here is asynchronous or thread-safe, and every call acts at once, betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from starmesh.clock import Clock
 from starmesh.engine.batch import Batch, BatchItem, Executor, StepResult
 from starmesh.engine.block_pool import BlockPool, IntegrityError
 from starmesh.engine.scheduler import Chunk, Scheduler
-from starmesh.engine.sequence import Sequence, SequenceStatus
+from starmesh.engine.sequence import MakeSequence, Sequence, SequenceStatus
 from starmesh.types import FinishReason, HiddenLayout, InstanceLoad, SequenceSpec
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,9 @@ class EngineCore:
 
     ``stop_checker`` makes the checker of a sequence with stop strings; it is fed every output token, those that the
     sequence came with first. Raises ValueError for limits that contradict each other.
+
+    A simulator counts tokens (``make_sequence``, see ``Scheduler``) and blocks (``pool``, of the executor's size) in
+    its own way, and recounts its pools when it likes (``checks_when_idle``).
     """
 
     def __init__(
@@ -112,12 +115,16 @@ class EngineCore:
         *,
         stop_checker: Callable[[SequenceSpec], StopChecker],
         clock: Clock,
+        pool: BlockPool | None = None,
+        make_sequence: MakeSequence = Sequence.from_spec,
+        checks_when_idle: bool = True,
     ) -> None:
         self._executor = executor
         self._config = config
         self._stop_checker = stop_checker
         self._clock = clock
-        self._pool = BlockPool(executor.total_blocks, block_tokens=executor.layout.block_tokens)
+        self._pool = pool or BlockPool(executor.total_blocks, block_tokens=executor.layout.block_tokens)
+        self._checks_when_idle = checks_when_idle
         self._scheduler = Scheduler(
             self._pool,
             max_step_tokens=config.max_step_tokens,
@@ -126,6 +133,7 @@ class EngineCore:
             max_sequence_tokens=config.max_sequence_tokens,
             prefix_caching=config.prefix_caching,
             watermark=config.watermark,
+            make_sequence=make_sequence,
         )
         self._stop_checkers: dict[str, StopChecker] = {}
         self._stalled = False
@@ -151,6 +159,11 @@ class EngineCore:
         """Whether ``step`` may get anything done. False while idle, and when the last step found that all wait for
         blocks that only another call can free."""
         return not self.idle and not self._stalled
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Its scheduler, to be read: every change of it is a call of the core."""
+        return self._scheduler
 
     def add(self, spec: SequenceSpec, *, hold: bool = False) -> None:
         """Queue a sequence to be computed from its tokens (prompt, and outputs of a recovered one).
@@ -217,7 +230,11 @@ class EngineCore:
 
     def preempted_first(self) -> tuple[str, ...]:
         """The running requests in the order in which they would be preempted."""
-        return tuple(sequence.request_id for sequence in reversed(self._scheduler.running))
+        return tuple(sequence.request_id for sequence in self._scheduler.preempted_first())
+
+    def expect(self, expected_tokens: Mapping[str, int]) -> None:
+        """Take over at how many tokens, prompt and output, requests are expected to end; see ``Scheduler.expect``."""
+        self._scheduler.expect(expected_tokens)
 
     def cancel(self, request_id: str, epoch: int | None = None) -> bool:
         """Drop a request, whatever its status, and free its blocks; with ``epoch``, only that epoch or an older one.
@@ -277,7 +294,8 @@ class EngineCore:
         )
 
     def check_integrity(self) -> None:
-        """Recount all blocks. Runs by itself whenever the engine has become idle. Raises IntegrityError."""
+        """Recount all blocks. Runs by itself whenever the engine has become idle, if not told otherwise. Raises
+        IntegrityError."""
         self._scheduler.check_integrity()
         if not self._stop_checkers.keys() <= self._scheduler.sequences.keys():
             raise IntegrityError("stop checkers outlived their sequences")
@@ -391,7 +409,7 @@ class EngineCore:
         self._stalled = False
         for request_id in self._stop_checkers.keys() - self._scheduler.sequences.keys():
             del self._stop_checkers[request_id]
-        if self.idle:
+        if self._checks_when_idle and self.idle:
             self.check_integrity()
 
 

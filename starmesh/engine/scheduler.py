@@ -5,20 +5,20 @@ Samples nothing and runs nothing: the engine executes a ``Schedule`` and then te
 time comes in as data, and the same calls make the same schedules.
 
 Why it always makes progress: a waiting sequence is admitted only with the blocks of all its tokens, so that a prompt
-never runs dry between its chunks; a decoding sequence that needs a block takes it from the running sequence of lowest
-rank, so the one of highest rank runs in every step until it ends (blocks held for pullers or for incoming sequences
-excepted: leases end those); and no sequence outgrows the pool on its own (``limit_tokens``).
+never runs dry between its chunks; a decoding sequence that needs a block takes it from those that are preempted before
+it, and last of all is the one of highest rank, so that one runs in every step until it ends (blocks held for pullers or
+for incoming sequences excepted: leases end those); and no sequence outgrows the pool on its own (``limit_tokens``).
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
 from starmesh.engine.block_pool import BlockPool, block_digest
-from starmesh.engine.sequence import Sequence, SequenceStatus
+from starmesh.engine.sequence import MakeSequence, Sequence, SequenceStatus
 from starmesh.types import SequenceSpec
 
 
@@ -74,6 +74,7 @@ class Scheduler:
     every decoding sequence is in every step. ``max_waiting_sequences`` bounds the queue of added sequences; preempted
     ones always return to it. ``max_sequence_tokens`` is the context length. ``watermark`` is the part of the pool that
     admission leaves free while others run, so that they don't preempt the newcomer at once (1 % as in vLLM).
+    ``make_sequence`` makes what it keeps of a sequence.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Scheduler:
         max_sequence_tokens: int,
         prefix_caching: bool = False,
         watermark: float = 0.01,
+        make_sequence: MakeSequence = Sequence.from_spec,
     ) -> None:
         if not 1 <= max_sequences <= max_step_tokens:
             raise ValueError(
@@ -105,7 +107,9 @@ class Scheduler:
         self._max_waiting_sequences = max_waiting_sequences
         self._prefix_caching = prefix_caching
         self._watermark_blocks = int(watermark * pool.total_blocks)
+        self._make_sequence = make_sequence
         self._arrivals = 0
+        self._expected_tokens: Mapping[str, int] = {}
 
     def limit_tokens(self, *, hold: bool) -> int:
         """Tokens at which a sequence ends here: the context length, or what the whole pool holds if that is less.
@@ -169,6 +173,31 @@ class Scheduler:
         sequence.block_ids = list(incoming.block_ids)
         sequence.computed_tokens = resident_tokens
         self._run(sequence)
+
+    def expect(self, expected_tokens: Mapping[str, int]) -> None:
+        """Go by this from now on: at how many tokens, prompt and output, requests are expected to end. Of one that is
+        missing nothing is known. Only ``preempted_first`` depends on it. The mapping is kept, not copied."""
+        self._expected_tokens = expected_tokens
+
+    def preempted_first(self) -> list[Sequence]:
+        """The running sequences in the order in which they would be preempted: of the lowest priority those that are
+        expected to run longest, of equals the younger one; where nothing is known of any, the youngest.
+
+        To free memory for long a preemption must hit what would stay long. What is about to end would be back at once,
+        with all of its tokens to compute anew, and an answer that is long anyway spreads the wait over more tokens. One
+        of which nothing is known may run to its limit. The one of highest rank comes last, however long it runs.
+        """
+        known = {sequence: self._expected_tokens.get(sequence.request_id) for sequence in self.running[:0:-1]}
+        if all(expected is None for expected in known.values()):
+            return self.running[::-1]
+
+        def last(sequence: Sequence) -> tuple[int, int]:
+            expected, limit = known[sequence], sequence.prompt_tokens + sequence.sampling.max_output_tokens
+            ends = limit if expected is None else min(expected, limit)
+            return (sequence.priority, -max(0, ends - sequence.tokens))
+
+        # Sorting is stable: equals stay the youngest first.
+        return [*sorted(known, key=last), self.running[0]]
 
     def schedule(self) -> Schedule:
         """Choose the next step: every decoding sequence, then prompts in progress, then waiting sequences."""
@@ -288,7 +317,7 @@ class Scheduler:
 
     def _new_sequence(self, spec: SequenceSpec, *, hold: bool, now_s: float) -> Sequence:
         self._arrivals += 1
-        sequence = Sequence.from_spec(spec, arrival=self._arrivals, queued_at_s=now_s, hold=hold)
+        sequence = self._make_sequence(spec, arrival=self._arrivals, queued_at_s=now_s, hold=hold)
         self.sequences[spec.request_id] = sequence
         return sequence
 
@@ -297,11 +326,15 @@ class Scheduler:
         insort(self.running, sequence, key=attrgetter("rank"))
 
     def _make_room(self, blocks: int, *, wanted_by: Sequence) -> list[Sequence]:
-        """Preempt from the lowest rank up until ``blocks`` are free or ``wanted_by`` is itself preempted."""
+        """Preempt one after another until ``blocks`` are free or ``wanted_by`` is itself preempted."""
         victims: list[Sequence] = []
-        while blocks > self.pool.free_blocks and wanted_by not in victims:
-            victims.append(self.running[-1])
-            self._preempt(victims[-1])
+        if blocks <= self.pool.free_blocks:
+            return victims
+        for victim in self.preempted_first():
+            victims.append(victim)
+            self._preempt(victim)
+            if blocks <= self.pool.free_blocks or victim is wanted_by:
+                break
         return victims
 
     def _preempt(self, sequence: Sequence) -> None:

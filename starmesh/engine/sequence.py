@@ -5,8 +5,10 @@ Owns state and derived quantities; the scheduler owns every change of status.
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from starmesh.types import SamplingParams, SequenceLoad, SequenceSpec
 
@@ -33,7 +35,7 @@ class Sequence:
     priority: int
     sampling: SamplingParams
     prompt_tokens: int
-    token_ids: list[int]  # prompt, then output
+    token_ids: MutableSequence[int]  # prompt, then output; a simulator only counts them
     arrival: int  # counts up over the instance's sequences
     hold: bool = False  # to be held once its next token is sampled
     status: SequenceStatus = SequenceStatus.WAITING
@@ -107,3 +109,9 @@ class Sequence:
             resident_tokens=self.computed_tokens,
             max_output_tokens=self.sampling.max_output_tokens,
         )
+
+
+class MakeSequence(Protocol):
+    """Makes the sequence that a scheduler keeps of a spec; ``Sequence.from_spec`` is one."""
+
+    def __call__(self, spec: SequenceSpec, *, arrival: int, queued_at_s: float, hold: bool = False) -> Sequence: ...

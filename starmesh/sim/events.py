@@ -26,25 +26,34 @@ class Event:
 
 
 class EventLoop:
-    """Runs events by time, those of one moment in the order in which they were asked for."""
+    """Runs events by time, those of one moment by their ``order``, and those of one order as they were asked for.
+
+    What an instance does by itself has an order of its own above 0, so that it comes after whatever else happens at
+    that moment, whenever it was asked for: a leap asks for fewer events than the steps that it stands for.
+    """
 
     def __init__(self) -> None:
         self.clock = VirtualClock()
-        self._queue: list[tuple[float, int, Event]] = []
+        self._queue: list[tuple[float, int, int, Event]] = []
         self._asked = 0
+        self._reached = 0  # the highest order of this moment's events so far
 
     @property
     def now_s(self) -> float:
         """Virtual seconds since the run began."""
         return self.clock.now_s()
 
-    def at(self, when_s: float, do: Callable[[], None]) -> Event:
+    def passed(self, when_s: float, order: int) -> bool:
+        """Whether an event of this order would have begun by now. To be asked within an event."""
+        return when_s < self.now_s or (when_s == self.now_s and order <= self._reached)
+
+    def at(self, when_s: float, do: Callable[[], None], *, order: int = 0) -> Event:
         """Have ``do`` called at ``when_s``. Raises ValueError for a time that is past."""
         if when_s < self.now_s:
             raise ValueError(f"{when_s} s is past, it is {self.now_s} s")
         event = Event(when_s, do)
         self._asked += 1
-        heapq.heappush(self._queue, (when_s, self._asked, event))
+        heapq.heappush(self._queue, (when_s, order, self._asked, event))
         return event
 
     def after(self, delay_s: float, do: Callable[[], None]) -> Event:
@@ -54,10 +63,11 @@ class EventLoop:
     def turn(self) -> bool:
         """Let the next event happen; whether there was one."""
         while self._queue:
-            when_s, _, event = heapq.heappop(self._queue)
+            when_s, order, _, event = heapq.heappop(self._queue)
             if event.do is None:
                 continue
             do, event.do = event.do, None
+            self._reached = max(self._reached, order) if when_s == self.now_s else order
             self.clock.reach(when_s)
             do()
             return True
@@ -66,6 +76,6 @@ class EventLoop:
     @property
     def next_s(self) -> float | None:
         """When the next event will happen; None when none will."""
-        while self._queue and self._queue[0][2].do is None:
+        while self._queue and self._queue[0][3].do is None:
             heapq.heappop(self._queue)
         return self._queue[0][0] if self._queue else None
