@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -17,8 +18,15 @@ QUANTILES: Final = (*(percent / 100 for percent in range(100)), 0.995, 0.999, 0.
 """The quantiles that a Distribution keeps."""
 
 _PENDING = 32_768
+"""Values that are binned together at most."""
 _SUM_UNITS = 1e9
 _LARGEST_SUM = 2.0**62
+
+
+@cache
+def _edges(least: float, most: float, width: float) -> list[float]:
+    bins = math.ceil(math.log(most / least) / math.log1p(width))
+    return [least * (1.0 + width) ** place for place in range(bins + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +78,11 @@ class LogHistogram:
     """
 
     def __init__(self, *, least: float = 1e-5, most: float = 1e5, width: float = 0.002) -> None:
-        bins = math.ceil(math.log(most / least) / math.log1p(width))
-        self.edges: npt.NDArray[np.float64] = np.array([least * (1.0 + width) ** i for i in range(bins + 1)])
+        self._edges = _edges(least, most, width)
+        self.edges = np.array(self._edges)
         """[bins + 1]; bin i of ``counts`` lies between edges i - 1 and i."""
         self.count = 0
-        self._edges = self.edges.tolist()
-        self._counts = np.zeros(bins + 2, np.int64)
+        self._counts = np.zeros(len(self._edges) + 1, np.int64)
         self._total_units = 0
         self._least, self._most = math.inf, -math.inf
         # Values that come in small arrays are binned many at a time.
