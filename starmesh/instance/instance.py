@@ -7,12 +7,13 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from starmesh.clock import WallClock
-from starmesh.engine.engine import SequenceOutput
+from starmesh.engine.engine import HIDDEN_EVERY_TOKENS, EngineCore, SequenceOutput
 from starmesh.engine.thread import EngineThread
+from starmesh.instance.emulated import load_emulated
 from starmesh.instance.loading import LoadedEngine, load_engine
 from starmesh.instance.servicer import InstanceServicer
 from starmesh.instance.settings import EngineSettings
@@ -40,6 +41,7 @@ from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, transfer_pb2, transfer_pb
 log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 5.0
+_FRESH_TOKENS = 10 * HIDDEN_EVERY_TOKENS  # As in rescheduling: ten predictions missed.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Instance:
         self.on_load: Callable[[InstanceLoad], None] | None = None
         """Set by a service that acts on loads: hears of each, on the event loop."""
         self._memory = loaded.memory
+        self._transferring = loaded.transferring
         self._deliver: Callable[[list[SequenceOutput]], None] | None = None
         self._settings = settings
         self._transfer: KvTransfer | None = None
@@ -90,7 +93,7 @@ class Instance:
             address=settings.advertise,
             layout=self.layout,
             max_sequence_tokens=loaded.max_sequence_tokens,
-            max_sequences=settings.max_sequences,
+            max_sequences=loaded.max_sequences,
         )
         self.membership = Membership(
             self.ledger, info, load=self._report, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
@@ -117,7 +120,9 @@ class Instance:
         """What it reports of itself, as of between two steps: waits for the step that runs."""
         # What came before the drain is in a load that was asked for after it.
         draining = self.state is InstanceState.DRAINING
-        load = await self.engine.call(lambda core: core.load())
+        # With what the last report foresaw, so that it costs no call of its own.
+        expected_tokens = _expected_tokens(self._last_load)
+        load = await self.engine.call(lambda core: _expect_and_load(core, expected_tokens))
         counts = self.count_migrations()
         # A drain ends with the first report that finds nothing, no handoff or migration in progress either: each end of
         # a sequence brings a report about.
@@ -176,9 +181,10 @@ class Instance:
     async def pull(self, ticket: KvTicket, local_block_ids: Sequence[int]) -> PullResult:
         """Pull a ticket's blocks and end its lease. Raises TransferError; then what was pulled is not to be used."""
         puller = self.transfer.puller
-        result = await puller.pull(
-            ticket, ticket.block_ids, local_block_ids, timeout_s=self._settings.transfer_timeout_s
-        )
+        async with self._transferring(len(ticket.block_ids)):
+            result = await puller.pull(
+                ticket, ticket.block_ids, local_block_ids, timeout_s=self._settings.transfer_timeout_s
+            )
         await puller.release(ticket, timeout_s=RELEASE_TIMEOUT_S)
         self._pulled_bytes += result.bytes
         self._pulled_with = result.backend
@@ -309,13 +315,31 @@ class Instance:
             log.error("background work failed", exc_info=task.exception())
 
 
+def _expected_tokens(load: InstanceLoad | None) -> dict[str, int]:
+    """At how many tokens the sequences of a load are predicted to end; without those whose prediction is too old."""
+    return {
+        known.request_id: known.prompt_tokens + known.output_tokens + known.remaining_tokens
+        for known in (load.sequences if load is not None else ())
+        if known.remaining_tokens is not None and (known.prediction_age_tokens or 0) <= _FRESH_TOKENS
+    }
+
+
+def _expect_and_load(core: EngineCore, expected_tokens: Mapping[str, int]) -> InstanceLoad:
+    core.expect(expected_tokens)
+    return core.load()
+
+
 async def open_instance(settings: EngineSettings, role: Role, *, prefix_caching: bool) -> Instance:
-    """Fetch and load the model.
+    """Fetch and load the model, or what is emulated instead.
 
     Raises LedgerError for a ledger url that is not understood, ModelNotFound, UnsupportedModel or ValueError, each with
     what to do next.
     """
     ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    emulation = settings.emulation
+    if emulation is not None:
+        log.info("emulating %s at speed %g", emulation.profile.name, emulation.speed)
+        return Instance(settings, role, load_emulated(settings, emulation, prefix_caching=prefix_caching), ledger)
     model_dir = await asyncio.to_thread(fetch_model, settings.model or DEFAULT_MODEL, progress=log.info)
     log.info("loading %s on %s (%s)", model_dir.name, settings.device, settings.dtype)
     loaded = await asyncio.to_thread(load_engine, settings, model_dir, prefix_caching=prefix_caching)

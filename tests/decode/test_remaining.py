@@ -315,6 +315,21 @@ async def test_what_goes_on_to_its_limit_is_known_without_asking() -> None:
         assert {name for name, _, _ in peer.ends} == {"b"}
 
 
+async def test_the_engine_preempts_by_what_its_loads_foresee() -> None:
+    async with predicting() as (cluster, _):
+        limits = {"a": LIMIT, "b": LIMIT, "c": LIMIT - 100, "d": LIMIT - 50}
+        requests = [await cluster.router.start(spec(name, limit=limit), "A") for name, limit in limits.items()]
+        engine = cluster.decode["A"].instance.engine
+
+        async def so() -> bool:
+            await load_of(cluster)
+            # The longest first; the oldest last, though none is longer.
+            return await engine.call(lambda core: core.preempted_first()) == ("b", "d", "c", "a")
+
+        await until(so)
+        await finish(cluster, *requests)
+
+
 def prompt_that_stops(limit: int) -> tuple[int, int]:
     """The length of a prompt after which EOS comes before ``limit``, and how many tokens come with it."""
     for prompt in range(4, 200):

@@ -162,6 +162,11 @@ class EnginesMachine(RuleBasedStateMachine):
             self._take(at, self.cores[at].step())
             self.cores[at].check_integrity()
 
+    @rule(at=engines, expected=st.dictionaries(st.sampled_from([f"r{at}" for at in range(6)]), st.integers(0, 30)))
+    def expect(self, at: int, expected: dict[str, int]) -> None:
+        """Somebody predicts how long requests will be; rightly or not, it must not matter."""
+        self.cores[at].expect(expected)
+
     @precondition(lambda self: self._at(0, 1))
     @rule(at=engines)
     def fail_a_step(self, at: int) -> None:
