@@ -5,6 +5,31 @@ Owns arrivals, length models and the readers of trace files. Owns no placement.
 
 from __future__ import annotations
 
-from starmesh.sim.workload.request import SimulatedRequest, WorkloadConfig
+from starmesh.sim.workload.draw import draw_requests
+from starmesh.sim.workload.lengths import LENGTH_MODELS
+from starmesh.sim.workload.request import (
+    ARRIVALS,
+    TRACE,
+    SimulatedRequest,
+    WorkloadConfig,
+    WorkloadError,
+)
+from starmesh.sim.workload.summary import LengthSummary, WorkloadSummary, describe
+from starmesh.sim.workload.trace import read_trace
+from starmesh.sim.workload.trace_formats import TRACE_FORMATS, TraceRow
 
-__all__ = ["SimulatedRequest", "WorkloadConfig"]
+__all__ = [
+    "ARRIVALS",
+    "LENGTH_MODELS",
+    "TRACE",
+    "TRACE_FORMATS",
+    "LengthSummary",
+    "SimulatedRequest",
+    "TraceRow",
+    "WorkloadConfig",
+    "WorkloadError",
+    "WorkloadSummary",
+    "describe",
+    "draw_requests",
+    "read_trace",
+]

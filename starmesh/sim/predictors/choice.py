@@ -1,0 +1,27 @@
+"""The simulated predictors by name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starmesh.sim.predictors.oracle import Oracle
+from starmesh.sim.predictors.predictor import SimulatedPredictor
+from starmesh.sim.workload import WorkloadError
+
+PREDICTORS: Final = ("none", "oracle")
+"""None, and exact."""
+
+
+def make_predictor(name: str, *, seed: int, cap_tokens: int) -> SimulatedPredictor | None:
+    """The predictor of that name; None for "none".
+
+    ``cap_tokens``: the most output tokens of the workload, which errors are relative to. Raises WorkloadError for an
+    unknown name.
+    """
+    match name:
+        case "none":
+            return None
+        case "oracle":
+            return SimulatedPredictor(Oracle())
+        case _:
+            raise WorkloadError(f"predictors are {', '.join(PREDICTORS)}, not {name!r}")
