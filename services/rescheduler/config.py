@@ -8,15 +8,15 @@ from typing import Final
 
 from pydantic import Field, field_validator
 
+from starmesh.emulation.settings import EmulationSettings
 from starmesh.policy.rescheduling import POLICIES, ReschedulingConfig
-from starmesh.process import ServiceSettings
 from starmesh.profiles import load_profile, profile_names
 
 _DEFAULT: Final = ReschedulingConfig()
 _LEAD_ROUNDS: Final = 3.0
 
 
-class ReschedulerSettings(ServiceSettings):
+class ReschedulerSettings(EmulationSettings):
     """When rounds take place, and what they decide by. Flags of the latter are fields of ``ReschedulingConfig``, which
     says where each default comes from."""
 
@@ -42,6 +42,7 @@ class ReschedulerSettings(ServiceSettings):
     max_in_flight_per_source: int = Field(_DEFAULT.max_in_flight_per_source, ge=1, description="and from one instance")
     max_in_flight_per_target: int = Field(_DEFAULT.max_in_flight_per_target, ge=1, description="and to one instance")
     cool_down_s: float = Field(_DEFAULT.cool_down_s, ge=0, description="seconds that a moved sequence stays")
+    settle_s: float = Field(_DEFAULT.settle_s, ge=0, description="seconds that both ends of a move rest from others")
     failure_cool_down_s: float = Field(
         _DEFAULT.failure_cool_down_s, ge=0, description="seconds that one stays after a failed move; doubled each time"
     )
@@ -77,6 +78,5 @@ class ReschedulerSettings(ServiceSettings):
     def rescheduling(self) -> ReschedulingConfig:
         """What ``plan`` decides by."""
         names = {field.name for field in dataclasses.fields(ReschedulingConfig)} & type(self).model_fields.keys()
-        return dataclasses.replace(
-            _DEFAULT, cost=load_profile(self.profile).cost, **{name: getattr(self, name) for name in names}
-        )
+        cost = load_profile(self.profile).cost if self.emulation is None else self.emulation.cost
+        return dataclasses.replace(_DEFAULT, cost=cost, **{name: getattr(self, name) for name in names})

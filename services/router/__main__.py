@@ -12,13 +12,19 @@ from starmesh.process import run_service
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``, then let the streams in flight end within the grace period."""
-    model = await asyncio.to_thread(lambda: ServedModel.load(fetch_model(settings.model)))
+    model = await asyncio.to_thread(_load, settings)
     ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
     try:
         async with RouterProcess(settings, ledger, model):
             await stop.wait()
     finally:
         await ledger.close()
+
+
+def _load(settings: RouterSettings) -> ServedModel:
+    if settings.emulation is not None:
+        return ServedModel.emulated(settings.emulation, lengths=settings.output_lengths)
+    return ServedModel.load(fetch_model(settings.model))
 
 
 if __name__ == "__main__":

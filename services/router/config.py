@@ -2,16 +2,20 @@
 
 from pydantic import Field, field_validator
 
+from starmesh.emulation.lengths import QUANTILES
+from starmesh.emulation.settings import EmulationSettings
 from starmesh.ledger.limits import OWNER_TTL_S
 from starmesh.model_files import DEFAULT_MODEL
 from starmesh.policy.dispatch import POLICIES
-from starmesh.process import ServiceSettings
 
 
-class RouterSettings(ServiceSettings):
+class RouterSettings(EmulationSettings):
     """What a router needs on top of any service."""
 
     model: str = Field(DEFAULT_MODEL, description="directory, hub id or name of the model, for its tokenizer")
+    output_lengths: str = Field(
+        "chat", description=f"emulated: how long the answers to ordinary prompts are: {', '.join(QUANTILES)}"
+    )
     dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
     predictor_timeout_s: float = Field(
         0.1, gt=0, le=10, description="seconds that dispatch by predicted_load waits for a prompt's prediction"
@@ -37,4 +41,11 @@ class RouterSettings(ServiceSettings):
     def _known_policy(cls, name: str) -> str:
         if name not in POLICIES:
             raise ValueError(f"there is no policy {name!r}: use one of {', '.join(POLICIES)}")
+        return name
+
+    @field_validator("output_lengths")
+    @classmethod
+    def _known_lengths(cls, name: str) -> str:
+        if name not in QUANTILES:
+            raise ValueError(f"there is no length model {name!r}: use one of {', '.join(QUANTILES)}")
         return name

@@ -9,6 +9,8 @@ import asyncio
 from pathlib import Path
 
 from services.router.validation import ModelFacts, input_field
+from starmesh.emulation.emulation import Emulation
+from starmesh.emulation.tokenizer import EmulatedTokenizer
 from starmesh.model_files import model_name, model_revision
 from starmesh.rpc.status import bad_field
 from starmesh.tokenizer import ChatTemplateError, IncrementalDetokenizer, ModelTokenizer
@@ -35,6 +37,16 @@ class ServedModel:
             name=model_name(directory),
             revision=model_revision(directory),
             tokenizer=ModelTokenizer.load(directory),
+        )
+
+    @classmethod
+    def emulated(cls, emulation: Emulation, *, lengths: str) -> ServedModel:
+        """What stands for a model where none runs, called as its profile; ``lengths`` names how long answers are."""
+        profile = emulation.profile
+        return cls(
+            name=profile.name,
+            revision=emulation.layout.model_revision,
+            tokenizer=EmulatedTokenizer(context_tokens=profile.max_sequence_tokens, lengths=lengths),
         )
 
     def facts(self, view: ClusterView) -> ModelFacts:

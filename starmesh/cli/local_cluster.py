@@ -30,10 +30,10 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """What to start. ``engine_flags`` go to prefill and decode, ``router_flags`` to the router, and so on. Without
-    ``predict`` there is no predictor, and decode instances look for none."""
+    """What to start. ``model`` is None where none runs. ``engine_flags`` go to prefill and decode, ``router_flags`` to
+    the router, and so on. Without ``predict`` there is no predictor, and decode instances look for none."""
 
-    model: Path
+    model: Path | None
     run_directory: Path
     prefill: int = 1
     decode: int = 2
@@ -53,7 +53,7 @@ class ClusterPlan:
         counts = {"router": 1, "prefill": self.prefill, "decode": self.decode, "rescheduler": 1}
         if self.predict:
             counts["predictor"] = 1
-        model = ("--model", str(self.model))
+        model = ("--model", str(self.model)) if self.model is not None else ()
         own_flags = {
             "router": (*model, *self.router_flags),
             "prefill": (*model, *self.engine_flags),

@@ -12,8 +12,18 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
+from starmesh.cli import emulating as emulation
 from starmesh.cli import local_options, options
-from starmesh.cli.local_options import DEFAULT_MODEL, EVERY_TOKENS, Predicting, flags, model_directory, run_directory
+from starmesh.cli.emulating import Emulating
+from starmesh.cli.local_options import (
+    DEFAULT_MODEL,
+    EVERY_TOKENS,
+    NO_PREDICTOR,
+    Predicting,
+    flags,
+    model_directory,
+    run_directory,
+)
 from starmesh.cli.run import CliError, fail, run
 
 DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load"]
@@ -29,6 +39,11 @@ def up(
     model: local_options.Model = DEFAULT_MODEL,
     device: local_options.Device = "cpu",
     dtype: local_options.Dtype = "float32",
+    engine: emulation.Engine = "torch",
+    profile: emulation.ProfileName = "",
+    speed: emulation.Speed = 1.0,
+    kv_tokens: emulation.KvTokens = 0,
+    output_lengths: emulation.OutputLengths = "chat",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = 50051,
     ledger: Annotated[
         str, typer.Option(envvar="STARMESH_LEDGER", metavar="URL", help="Redis to use. (default: one of its own)")
@@ -62,8 +77,12 @@ def up(
     from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.up import up as keep_up
 
+    emulating = Emulating(
+        engine=engine, profile=profile, speed=speed, kv_tokens=kv_tokens, output_lengths=output_lengths
+    )
+    emulating.check(predictor=predictor)
     predicting = Predicting(
-        predictor=predictor,
+        predictor=NO_PREDICTOR if emulating.on else predictor,
         directory=predictor_dir,
         collect=collect,
         collect_max_mib=collect_max_mib,
@@ -71,7 +90,7 @@ def up(
     )
     predicting.check(dispatch)
     _check_port(port)
-    engine: dict[str, str | int | float] = {
+    engine_flags: dict[str, str | int | float] = {
         "--device": device,
         "--dtype": dtype,
         "--kv-memory-mib": kv_memory_mib,
@@ -81,10 +100,10 @@ def up(
         "--threads": threads,
         "--transfer": transfer,
     }
-    directory = model_directory(model)
+    directory = None if emulating.on else model_directory(model)
     try:
         choice = choose_predictor(predicting, directory)
-        if collect is not None:
+        if collect is not None and directory is not None:
             kept = manifest_of(directory, hidden_layers=choice.hidden_layers, every_tokens=EVERY_TOKENS, dtype=dtype)
             prepare(collect, kept)
             choice = dataclasses.replace(choice, hidden_layers=layers_flag(kept))
@@ -98,20 +117,25 @@ def up(
         listen=f"127.0.0.1:{port}",
         ledger=ledger,
         shared_flags=("--cluster", cluster),
-        engine_flags=(*flags(engine), *choice.engine_flags),
+        engine_flags=(*flags(engine_flags), *choice.engine_flags),
         router_flags=flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
         rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
         predict=predicting.on,
         predictor_flags=predicting.flags,
     )
-    run(keep_up(plan, Console(), restart=restart, predicted_by=choice.description))
+    notice = emulating.description if emulating.on else choice.description
+    run(keep_up(emulating.apply(plan), Console(), restart=restart, notice=notice))
 
 
 def demo(
+    *,
     model: local_options.Model = DEFAULT_MODEL,
     prefill: local_options.Prefill = 1,
     decode: local_options.Decode = 2,
     device: local_options.Device = "cpu",
+    engine: emulation.Engine = "torch",
+    profile: emulation.ProfileName = "",
+    speed: emulation.Speed = 1.0,
 ) -> None:
     """Start a local cluster, stream an answer, show the instances, stop."""
     from rich.console import Console
@@ -120,7 +144,9 @@ def demo(
     from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.up import demo as show_demo
 
-    directory = model_directory(model)
+    emulating = Emulating(engine=engine, profile=profile, speed=speed)
+    emulating.check()
+    directory = None if emulating.on else model_directory(model)
     plan = ClusterPlan(
         model=directory,
         run_directory=run_directory(None),
@@ -128,7 +154,7 @@ def demo(
         decode=decode,
         engine_flags=("--device", device, *choose_predictor(Predicting(), directory).engine_flags),
     )
-    run(show_demo(plan, Console()))
+    run(show_demo(emulating.apply(plan), Console()))
 
 
 def compare(
@@ -155,6 +181,10 @@ def compare(
     json_file: options.JsonFile = None,
     model: local_options.Model = DEFAULT_MODEL,
     device: local_options.Device = "cpu",
+    engine: emulation.Engine = "torch",
+    profile: emulation.ProfileName = "",
+    speed: emulation.Speed = 1.0,
+    kv_tokens: emulation.KvTokens = 0,
 ) -> None:
     """Put the same load on a local cluster under one rescheduling policy after another.
 
@@ -172,7 +202,9 @@ def compare(
     from starmesh.cli.predictor_choice import choose_predictor
     from starmesh.cli.skewed_load import SkewedLoad
 
-    predicting = Predicting(predictor=predictor)
+    emulating = Emulating(engine=engine, profile=profile, speed=speed, kv_tokens=kv_tokens)
+    emulating.check(predictor=predictor)
+    predicting = Predicting(predictor=NO_PREDICTOR if emulating.on else predictor)
     predicting.check(dispatch)
     for policy in policies or ():
         if policy not in _POLICIES:
@@ -184,7 +216,7 @@ def compare(
     except CliError as error:
         fail(str(error))
     skewed = SkewedLoad(count=requests, period=decode, long_tokens=long_tokens, short_tokens=short_tokens)
-    directory = model_directory(model)
+    directory = None if emulating.on else model_directory(model)
     try:
         choice = choose_predictor(predicting, directory)
     except CliError as error:
@@ -196,14 +228,14 @@ def compare(
         decode=decode,
         engine_flags=(*flags({"--device": device, "--kv-memory-mib": kv_memory_mib}), *choice.engine_flags),
         router_flags=flags({"--dispatch-policy": dispatch}),
-        rescheduler_flags=flags({"--round-interval-s": round_interval}),
+        rescheduler_flags=flags({"--round-interval-s": emulating.interval_s(round_interval)}),
         predict=predicting.on,
         predictor_flags=predicting.flags,
     )
     console = Console()
     runs = run(
         run_all(
-            plan,
+            emulating.apply(plan),
             policies or ["none", "star_plus"],
             (lines, Asking()) if lines else skewed,
             Load(requests=requests, rate=rate),

@@ -38,10 +38,10 @@ class PredictorChoice:
         return ("--hidden-layers", self.hidden_layers) if self.hidden_layers else ()
 
 
-def choose_predictor(predicting: Predicting, model_directory: Path) -> PredictorChoice:
-    """The choice for a model. Raises CliError for a predictor that is not there, can't be read, or is another
-    model's."""
-    if not predicting.on:
+def choose_predictor(predicting: Predicting, model_directory: Path | None) -> PredictorChoice:
+    """The choice for a model; without one there is nothing to choose. Raises CliError for a predictor that is not there,
+    can't be read, or is another model's."""
+    if not predicting.on or model_directory is None:
         return PredictorChoice("", "nobody predicts remaining tokens: requests are placed and moved by what they hold")
     revision = model_revision(model_directory)
     try:

@@ -23,8 +23,9 @@ _DEMO_TIMEOUT_S = 120.0
 _REFRESH_S = 1.0
 
 
-async def up(plan: ClusterPlan, console: Console, *, restart: bool, predicted_by: str) -> None:
-    """Keep a cluster up until SIGINT or SIGTERM, with a live table on a terminal. ``predicted_by`` says what predicts.
+async def up(plan: ClusterPlan, console: Console, *, restart: bool, notice: str) -> None:
+    """Keep a cluster up until SIGINT or SIGTERM, with a live table on a terminal. ``notice`` says what is special about
+    it, such as what predicts.
 
     Raises CliError as ``start_cluster``.
     """
@@ -37,7 +38,7 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool, predicted_by
                 console.print(
                     f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
                 )
-                console.print(predicted_by, markup=False, highlight=False, soft_wrap=True)
+                console.print(notice, markup=False, highlight=False, soft_wrap=True)
                 if cluster.ledger_socket:
                     console.print(f"other services join it with --ledger {cluster.ledger_socket}", soft_wrap=True)
                 try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +15,20 @@ from starmesh.transfer import BlockMemory
 from starmesh.types import HiddenLayout, SequenceSpec
 
 
+def _as_fast_as_it_goes(blocks: int) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """An engine that no thread runs yet, the bytes of its KV pool, and the longest sequence that it takes."""
+    """An engine that no thread runs yet, the bytes of its KV pool, the longest sequence that it takes and how many at a
+    time. A pull of so many blocks is to happen within the context that ``transferring`` makes."""
 
     core: EngineCore
     memory: BlockMemory
     max_sequence_tokens: int
+    max_sequences: int
+    transferring: Callable[[int], AbstractAsyncContextManager[None]] = _as_fast_as_it_goes
 
     @property
     def hidden_layout(self) -> HiddenLayout | None:
@@ -68,4 +77,4 @@ def load_engine(settings: EngineSettings, model_dir: Path, *, prefix_caching: bo
         hidden_every_tokens=settings.hidden_every_tokens,
     )
     core = EngineCore(executor, config, stop_checker=stop_checker, clock=WallClock())
-    return LoadedEngine(core, executor.memory, max_sequence_tokens)
+    return LoadedEngine(core, executor.memory, max_sequence_tokens, settings.max_sequences)

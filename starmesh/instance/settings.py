@@ -6,15 +6,16 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from starmesh.emulation.settings import EmulationSettings
 from starmesh.engine.engine import HIDDEN_EVERY_TOKENS
-from starmesh.process import ServiceSettings
 from starmesh.types import TransferBackend
 
 NO_LAYERS = "none"
 
 
-class EngineSettings(ServiceSettings):
-    """Settings of a prefill or decode instance."""
+class EngineSettings(EmulationSettings):
+    """Settings of a prefill or decode instance. An emulated one takes model, device, memory, blocks and batches from
+    its profile."""
 
     model: str = Field("", description="model directory, hub id or name; empty: the default model")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")

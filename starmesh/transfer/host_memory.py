@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
 from starmesh.transfer import DeviceRange
 from starmesh.types import KvLayout
 
+# Python names it from 3.13 on; without it Linux refuses a pool larger than the machine's memory, however little of it
+# is ever written.
+_MAP_NORESERVE = 0x4000
+
 
 class HostMemory:
-    """``total_blocks`` blocks of zeros, block-major; implements ``BlockMemory``.
+    """``total_blocks`` blocks of zeros, block-major; implements ``BlockMemory``. Pages cost nothing until they are
+    written.
 
     ``blocks`` is the pool itself, [total_blocks, layout.block_bytes] of uint8.
     """
 
     def __init__(self, layout: KvLayout, total_blocks: int) -> None:
         self.layout = layout
-        self.blocks: NDArray[np.uint8] = np.zeros((total_blocks, layout.block_bytes), np.uint8)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+        memory = mmap.mmap(-1, total_blocks * layout.block_bytes, flags=flags)
+        self.blocks: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(total_blocks, layout.block_bytes)
 
     @property
     def device_range(self) -> DeviceRange:

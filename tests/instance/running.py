@@ -102,7 +102,8 @@ async def running_instance(
     core = EngineCore(executor, config, stop_checker=_no_stop_strings, clock=WallClock())
     defaults = {"instance_id": role.value, "transfer": "stream", "report_interval_s": 0.02, "grace_s": 0.2}
     options = EngineSettings(_cli_parse_args=False, **(defaults | settings))
-    instance = Instance(options, role, LoadedEngine(core, memory, config.max_sequence_tokens), ledger)
+    loaded = LoadedEngine(core, memory, config.max_sequence_tokens, config.max_sequences)
+    instance = Instance(options, role, loaded, ledger)
     worker = make_worker(instance)
     stop = asyncio.Event()
     task = asyncio.create_task(instance.run(stop, deliver=worker.deliver, close=worker.close))

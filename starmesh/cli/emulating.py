@@ -1,0 +1,130 @@
+"""Options of an emulated local cluster, and what they mean for its services.
+
+Owns which settings of the services are times of the hardware, and so pass faster with it. Imports nothing that takes
+time: ``--help`` reads this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from starmesh.cli.local_options import flags
+
+if TYPE_CHECKING:
+    from starmesh.cli.local_cluster import ClusterPlan
+
+EngineName = Literal["torch", "emulated"]
+LengthsName = Literal["chat", "reasoning"]
+
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        help="torch runs a model; emulated rehearses the hardware of --profile without one, which then also says what "
+        "memory and batches there are."
+    ),
+]
+ProfileName = Annotated[
+    str, typer.Option("--profile", metavar="NAME|FILE", help="Emulated: the instances' hardware and model (h100-7b).")
+]
+Speed = Annotated[float, typer.Option(min=0.001, help="Emulated: how many times faster than the hardware time passes.")]
+KvTokens = Annotated[int, typer.Option(min=0, help="Emulated: tokens whose KV an instance holds. (0: the profile's)")]
+OutputLengths = Annotated[LengthsName, typer.Option(help="Emulated: how long answers are to prompts that do not say.")]
+
+_ROUND_INTERVAL_S: Final = 1.0  # the rescheduler's default
+_RELIEF_HORIZON_S: Final = 2.0  # the decode instances'
+_REPORT_INTERVAL_S: Final = 0.25  # every service's
+_VIEW_INTERVAL_S: Final = 0.2  # the router's
+# Reports, views and rounds cost the laptop's time, not the hardware's.
+_SHORTEST_INTERVAL_S: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emulating:
+    """Whether and how a local cluster is emulated."""
+
+    engine: EngineName = "torch"
+    profile: str = ""
+    speed: float = 1.0
+    kv_tokens: int = 0
+    output_lengths: LengthsName = "chat"
+
+    @property
+    def on(self) -> bool:
+        """Whether it is."""
+        return self.engine == "emulated"
+
+    @property
+    def description(self) -> str:
+        """What people are told of it."""
+        pace = "" if self.speed == 1 else f", with times {self.speed:g} times shorter than its"
+        return f"no model runs: this emulates {self.profile}{pace}; nobody predicts remaining tokens"
+
+    def check(self, *, predictor: str = "") -> None:
+        """Raise typer.BadParameter for options that do not go together."""
+        from starmesh.profiles import ProfileError, load_profile, profile_names
+
+        if not self.on:
+            if self.profile:
+                raise typer.BadParameter("needs --engine emulated", param_hint="--profile")
+            return
+        if predictor not in {"", "none"}:
+            raise typer.BadParameter("emulated instances have no hidden states for it", param_hint="--predictor")
+        if not self.profile:
+            raise typer.BadParameter(
+                f"is needed with --engine emulated: a TOML file, or one of {', '.join(profile_names())}",
+                param_hint="--profile",
+            )
+        try:
+            load_profile(self.profile)
+        except ProfileError as error:
+            raise typer.BadParameter(str(error), param_hint="--profile") from None
+
+    def interval_s(self, seconds: float) -> float:
+        """An interval of the hardware's time on the wall clock, as far as this machine can afford it."""
+        return max(min(seconds, _SHORTEST_INTERVAL_S), seconds / self.speed) if self.on else seconds
+
+    def apply(self, plan: ClusterPlan) -> ClusterPlan:
+        """The plan with instances that emulate, where they are to; its other flags for them go."""
+        from starmesh.policy.rescheduling import ReschedulingConfig
+
+        if not self.on:
+            return plan
+        default, speed = ReschedulingConfig(), self.speed
+        profile = str(Path(self.profile).absolute()) if Path(self.profile).is_file() else self.profile
+        own = flags(
+            {"--engine": "emulated", "--profile": profile, "--speed": self.speed, "--kv-tokens": self.kv_tokens}
+        )
+        rounds = flags({"--round-interval-s": self.interval_s(_ROUND_INTERVAL_S)})
+        rests = flags(
+            {
+                "--cool-down-s": default.cool_down_s / speed,
+                "--failure-cool-down-s": default.failure_cool_down_s / speed,
+                "--settle-s": default.settle_s / speed,
+            }
+        )
+        return dataclasses.replace(
+            plan,
+            model=None,
+            predict=False,
+            engine_flags=(*own, "--transfer", "stream"),
+            decode_flags=flags({"--relief-horizon-s": _RELIEF_HORIZON_S / speed}),
+            router_flags=(
+                *(*plan.router_flags, *own),
+                *flags(
+                    {"--output-lengths": self.output_lengths, "--view-interval-s": self.interval_s(_VIEW_INTERVAL_S)}
+                ),
+            ),
+            rescheduler_flags=(
+                *(*plan.rescheduler_flags, *own, *rests),
+                *(() if "--round-interval-s" in plan.rescheduler_flags else rounds),
+            ),
+            shared_flags=(
+                *plan.shared_flags,
+                *flags({"--report-interval-s": self.interval_s(_REPORT_INTERVAL_S)}),
+            ),
+        )
