@@ -1,0 +1,328 @@
+"""The router of a simulated cluster: the life of each request, from its arrival to its last token.
+
+Owns requests in flight: their turn in the queue, dispatch, prefill, handoff, and all of that again after an instance
+has died. What an instance does is its own (``instance``), and so is the choice between instances (``policy``). As live,
+an instance without room is asked again later or another one is, a request whose KV nobody takes before its lease ends
+is prefilled anew, and one that has begun is never turned away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from starmesh.engine.scheduler import QueueFull
+from starmesh.policy.admission import AdmissionQueue, Need, Waiting
+from starmesh.policy.dispatch import POLICIES, DispatchConfig, DispatchMemory, DispatchRequest, NoPlacement
+from starmesh.sim.config import SimulationConfig
+from starmesh.sim.events import Event, EventLoop
+from starmesh.sim.handoff import Handoff
+from starmesh.sim.instance import SimulatedInstance
+from starmesh.sim.outcome import RequestOutcome
+from starmesh.sim.owners import Owners
+from starmesh.sim.predictors import SimulatedPredictor
+from starmesh.sim.token_count import TokenCount
+from starmesh.sim.views import Views
+from starmesh.sim.workload import SimulatedRequest
+from starmesh.types import RemainingEstimate, Role, SamplingParams, SequenceSpec
+
+LOOK_S = 0.2
+"""How often a router that has requests waiting looks for room (live: ``view_interval_s``)."""
+
+RETRY_S = 0.25
+"""How soon a decode instance that had no room for a handoff is asked again (live: ``handoff.RETRY_DELAY_S``)."""
+
+LEASE_S = 30.0
+"""How long a prefill instance keeps KV that nobody has pulled (live: ``kv_lease_s``)."""
+
+_BOTH = (Role.PREFILL, Role.DECODE)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A request in flight. ``output_tokens`` are those that its router had when it was last prefilled; ``decoding``
+    says that a decode instance has it, and not a prefill instance or nobody."""
+
+    number: int
+    request: SimulatedRequest
+    outcome: RequestOutcome
+    output_tokens: int = 0
+    epoch: int = 0
+    prefill_id: str | None = None
+    decode_id: str | None = None
+    decoding: bool = False
+    avoid: frozenset[str] = frozenset()
+    estimate: RemainingEstimate | None = None
+    handoff: Handoff | None = None
+    lease_ends_s: float = 0.0
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has any of the answer."""
+        return self.outcome.first_token_s is not None
+
+    @property
+    def need(self) -> Need:
+        """What it asks of an instance."""
+        tokens = self.request.prompt_tokens + self.output_tokens
+        return Need(tokens, max(0, self.request.max_output_tokens - self.output_tokens))
+
+    def spec(self) -> SequenceSpec:
+        """The sequence as an instance gets it."""
+        return SequenceSpec(
+            request_id=self.request.request_id,
+            epoch=self.epoch,
+            prompt_token_ids=TokenCount(self.request.prompt_tokens),  # type: ignore[arg-type]
+            output_token_ids=TokenCount(self.output_tokens),  # type: ignore[arg-type]
+            sampling=SamplingParams(max_output_tokens=self.request.max_output_tokens),
+        )
+
+
+@dataclass(slots=True)
+class Router:
+    """One router. ``ended`` hears of each request once, when nothing of it is left."""
+
+    loop: EventLoop
+    config: SimulationConfig
+    views: Views
+    owners: Owners
+    instances: dict[str, SimulatedInstance]
+    predictor: SimulatedPredictor | None
+    hand_off: Callable[[str, str, SequenceSpec, Callable[[bool], None]], Handoff]
+    ended: Callable[[RequestOutcome], None]
+    flights: dict[str, Flight] = field(default_factory=dict)
+    _memory: DispatchMemory = field(default_factory=DispatchMemory)
+    _queue: AdmissionQueue = field(init=False)
+    _started: AdmissionQueue = field(init=False)
+    _look: Event | None = None
+    _dispatch: DispatchConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._queue = AdmissionQueue(self.config.queue_length)
+        self._started = AdmissionQueue(1 << 30)
+        self._dispatch = DispatchConfig(admission=self.config.admission)
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests without a place."""
+        return len(self._queue) + len(self._started)
+
+    def arrive(self, number: int, request: SimulatedRequest) -> None:
+        """A client asks."""
+        outcome = RequestOutcome(
+            request_id=request.request_id,
+            arrived_s=self.loop.now_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+        )
+        flight = Flight(number, request, outcome)
+        self.flights[request.request_id] = flight
+        self._begin(flight)
+
+    # What instances tell.
+
+    def prefilled(self, request_id: str, *, ended: bool) -> None:
+        """A prefill instance has computed the prompt and sampled the next token; with ``ended`` it was the last."""
+        flight = self.flights[request_id]
+        self.views.release(request_id, flight.prefill_id)
+        flight.output_tokens += 1
+        if not flight.started:
+            flight.outcome.first_token_s = self.loop.now_s
+        if ended:
+            self.finished(request_id)
+            return
+        flight.lease_ends_s = self.loop.now_s + LEASE_S
+        self._choose_anew(flight)
+        self._decode(flight)
+
+    def finished(self, request_id: str) -> None:
+        """A sequence has come to its end."""
+        flight = self.flights[request_id]
+        flight.outcome.finished_s = self.loop.now_s
+        self._close(flight)
+
+    def moved(self, request_id: str, target_id: str, epoch: int) -> None:
+        """A sequence has moved to another decode instance."""
+        flight = self.flights.get(request_id)
+        if flight is None:
+            return
+        self.views.release(request_id, flight.decode_id)
+        flight.decode_id, flight.epoch = target_id, epoch
+        flight.outcome.migrations += 1
+        self.views.place(request_id, target_id, flight.need.tokens)
+
+    def preempted(self, request_id: str) -> None:
+        """A sequence has lost its blocks."""
+        flight = self.flights.get(request_id)
+        if flight is not None:
+            flight.outcome.preemptions += 1
+
+    def lost(self, instance_id: str, tokens: dict[str, int]) -> None:
+        """An instance has died; ``tokens`` says how many output tokens it had made of each sequence. Everything that
+        was there is begun again elsewhere, prompt and output so far."""
+        for flight in list(self.flights.values()):
+            request_id = flight.request.request_id
+            if flight.decoding:
+                # As the ledger has it: it may have moved, and nobody said so yet.
+                owner = self.owners.owner(request_id)
+                if owner is None or owner.instance_id != instance_id:
+                    continue
+                flight.output_tokens = max(flight.output_tokens, tokens.get(request_id, 0))
+            elif instance_id != flight.prefill_id and (instance_id != flight.decode_id or flight.handoff is None):
+                continue  # a prefill goes on without its decode instance; the handoff finds another
+            self._recover(flight)
+
+    # A request's turns.
+
+    def _begin(self, flight: Flight) -> None:
+        if self.waiting_requests or not self._place(flight):
+            self._wait(flight)
+
+    def _wait(self, flight: Flight) -> None:
+        queue = self._started if flight.started else self._queue
+        give_up_s = float("inf") if flight.started else self.loop.now_s + self.config.queue_timeout_s
+        if not queue.push(Waiting(flight.request.request_id, give_up_s), self.loop.now_s):
+            self._refuse(flight)
+        elif self._look is None:
+            self._look = self.loop.after(LOOK_S, self._look_for_room)
+
+    def _look_for_room(self) -> None:
+        self._look = None
+        for waiting in self._queue.expire(self.loop.now_s):
+            self._refuse(self.flights[waiting.request_id])
+        for queue in (self._started, self._queue):
+            while len(queue):
+                first = self.flights[next(iter(queue)).request_id]
+                if not self._place(first):
+                    break
+                queue.pop(self.loop.now_s)
+            if len(queue):
+                break
+        if self.waiting_requests and self._look is None:
+            self._look = self.loop.after(LOOK_S, self._look_for_room)
+
+    def _place(self, flight: Flight) -> bool:
+        """Dispatch and begin the prefill. Returns False when there is no place now."""
+        policy = POLICIES[self.config.strategy.dispatch]
+        request = DispatchRequest(flight.request.request_id, flight.need, flight.avoid)
+        decision, self._memory = policy.choose(self.views.of(_BOTH), request, self._memory, self._dispatch)
+        if decision.decode is None or decision.prefill is None:
+            if decision.reason is NoPlacement.TOO_LONG and not flight.started:
+                self._refuse(flight)
+                return True
+            flight.avoid = frozenset()
+            return False
+        flight.prefill_id, flight.decode_id = decision.prefill.instance_id, decision.decode.instance_id
+        flight.decoding = False
+        request_id = flight.request.request_id
+        self.views.place(request_id, flight.decode_id, decision.decode.reserve_tokens)
+        self.views.place(request_id, flight.prefill_id, decision.prefill.reserve_tokens)
+        if flight.outcome.placed_s is None:
+            flight.outcome.placed_s = self.loop.now_s
+        flight.epoch += 3  # as live: further than a migration claims
+        self.owners.assign(request_id, flight.decode_id, flight.epoch)
+        spec, prefill_id = flight.spec(), flight.prefill_id
+
+        def added(result: object) -> None:
+            if isinstance(result, QueueFull) and flight.prefill_id == prefill_id:
+                self._recover(flight, recovered=False)
+
+        self.instances[prefill_id].call(lambda core: core.add(spec, hold=True), added)
+        return True
+
+    def _choose_anew(self, flight: Flight) -> None:
+        """Where to decode after all, now that there is a hidden state to predict the length from."""
+        policy = POLICIES[self.config.strategy.dispatch]
+        if self.predictor is None or not policy.uses_estimates:
+            return
+        flight.estimate = self.predictor.estimate(flight.number, flight.request, flight.output_tokens)
+        self._choose_decode(flight, placed_id=flight.decode_id or "")
+
+    def _choose_decode(self, flight: Flight, *, placed_id: str) -> bool:
+        request_id = flight.request.request_id
+        policy = POLICIES[self.config.strategy.dispatch]
+        request = DispatchRequest(request_id, flight.need, flight.avoid, flight.estimate, placed_id)
+        decision, self._memory = policy.choose_decode(
+            self.views.of((Role.DECODE,), without=request_id),
+            request,
+            self._memory,
+            self._dispatch,
+            layout=self.config.profile.layout,
+        )
+        if decision.decode is None:
+            return False
+        if decision.decode.instance_id != flight.decode_id:
+            self.views.release(request_id, flight.decode_id)
+            flight.decode_id = decision.decode.instance_id
+            flight.epoch += 3
+            self.owners.assign(request_id, flight.decode_id, flight.epoch)
+        self.views.place(request_id, flight.decode_id, decision.decode.reserve_tokens)
+        return True
+
+    def _decode(self, flight: Flight) -> None:
+        """Hand the sequence to its decode instance."""
+        assert flight.prefill_id is not None and flight.decode_id is not None
+        epoch = flight.epoch
+
+        def handed(done: bool) -> None:
+            if flight.epoch != epoch or flight.request.request_id not in self.flights:
+                return
+            flight.handoff = None
+            if done:
+                flight.decoding = True
+            else:
+                flight.avoid = frozenset({flight.decode_id or ""})
+                self.loop.after(RETRY_S, lambda: self._decode_elsewhere(flight, epoch))
+
+        flight.handoff = self.hand_off(flight.prefill_id, flight.decode_id, flight.spec(), handed)
+
+    def _decode_elsewhere(self, flight: Flight, epoch: int) -> None:
+        if flight.epoch != epoch or flight.request.request_id not in self.flights:
+            return
+        if self.loop.now_s >= flight.lease_ends_s:
+            self._recover(flight, recovered=False)
+        elif self._choose_decode(flight, placed_id=""):
+            self._decode(flight)
+        else:
+            flight.avoid = frozenset()
+            self.loop.after(RETRY_S, lambda: self._decode_elsewhere(flight, epoch))
+
+    def _recover(self, flight: Flight, *, recovered: bool = True) -> None:
+        """Begin again from the tokens that the client has."""
+        self._forget(flight)
+        flight.outcome.recoveries += recovered
+        flight.epoch += 3
+        if flight.output_tokens >= flight.request.output_tokens:
+            flight.outcome.finished_s = self.loop.now_s
+            self._close(flight)
+        else:
+            self._begin(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        """Nothing of it stays on an instance or is reserved there."""
+        request_id = flight.request.request_id
+        if flight.handoff is not None:
+            flight.handoff.cancel()
+            flight.handoff = None
+        for instance_id in (flight.prefill_id, flight.decode_id):
+            self.views.release(request_id, instance_id)
+            instance = self.instances.get(instance_id or "")
+            if instance is not None and instance.alive and flight.outcome.finished_s is None:
+                instance.call(lambda core: core.cancel(request_id))
+        flight.prefill_id = flight.decode_id = None
+        flight.decoding = False
+
+    def _refuse(self, flight: Flight) -> None:
+        flight.outcome.refused = True
+        self._close(flight)
+
+    def _close(self, flight: Flight) -> None:
+        self._forget(flight)
+        self.owners.disown(flight.request.request_id)
+        del self.flights[flight.request.request_id]
+        self.ended(flight.outcome)
+        if self.waiting_requests:
+            if self._look is not None:
+                self._look.cancel()
+            # Room has come free: those that wait try at once, but not within this very call.
+            self._look = self.loop.after(0.0, self._look_for_room)

@@ -1,0 +1,164 @@
+"""What the router, the rescheduler and the instances know of the cluster: reports, as old as they are live.
+
+Owns the reports, what is reserved beyond them, and the predictions that they carry. An instance's report is made when
+somebody looks and the last one is older than the interval: nobody can tell the difference, and a cluster that nobody
+looks at costs nothing. Owns no decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from starmesh.sequence_loads import COUNTS, SequenceLoads
+from starmesh.sim.events import EventLoop
+from starmesh.sim.instance import SimulatedInstance
+from starmesh.sim.predictors import SimulatedPredictor
+from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, Reservation, Role
+
+Integers = npt.NDArray[np.int64]
+
+_PROMPT_TOKENS = COUNTS.index("prompt_tokens")
+_OUTPUT_TOKENS = COUNTS.index("output_tokens")
+_REMAINING = COUNTS.index("remaining_tokens")
+_FOREVER_S = float("inf")
+
+
+@dataclass(slots=True)
+class _Reported:
+    """One instance: its last report, and what the router has placed there since. ``view`` is made anew after either
+    has changed."""
+
+    instance: SimulatedInstance
+    load: InstanceLoad
+    reported_at_s: float
+    pending: dict[str, Reservation] = field(default_factory=dict)
+    view: InstanceView | None = None
+    request_ids: tuple[str, ...] = ()
+    facts: tuple[Integers, Integers, Integers] | None = None
+
+
+class Views:
+    """The ledger's view and the router's own counts in one.
+
+    ``facts_of`` gives a request's (number, output tokens that it will have, most that it may have): what a predictor
+    is asked with.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        *,
+        report_interval_s: float,
+        block_tokens: int,
+        predictor: SimulatedPredictor | None,
+        facts_of: Callable[[str], tuple[int, int, int]],
+        migrations_of: Callable[[str], tuple[int, int]],
+    ) -> None:
+        self.block_tokens = block_tokens
+        self._loop = loop
+        self._interval_s = report_interval_s
+        self._predictor = predictor
+        self._facts_of = facts_of
+        self._migrations_of = migrations_of
+        self._known: dict[str, _Reported] = {}
+
+    def add(self, instance: SimulatedInstance) -> None:
+        """An instance registers, and reports at once."""
+        known = _Reported(instance, InstanceLoad(0, 0), self._loop.now_s)
+        self._known[instance.info.instance_id] = known
+        self._known = dict(sorted(self._known.items()))
+        self._report(known)
+
+    def remove(self, instance_id: str) -> None:
+        """An instance is gone."""
+        self._known.pop(instance_id, None)
+
+    def place(self, request_id: str, instance_id: str, tokens: int) -> None:
+        """Count a request at an instance until a report includes it."""
+        known = self._known.get(instance_id)
+        if known is not None:
+            known.pending[request_id] = Reservation(request_id, instance_id, tokens, _FOREVER_S)
+            known.view = None
+
+    def release(self, request_id: str, instance_id: str | None) -> None:
+        """Count it no more."""
+        known = self._known.get(instance_id or "")
+        if known is not None and known.pending.pop(request_id, None) is not None:
+            known.view = None
+
+    def states_changed(self) -> None:
+        """Some instance has another state than before."""
+        for known in self._known.values():
+            known.view = None
+
+    def of(self, roles: Iterable[Role], *, without: str = "") -> ClusterView:
+        """The instances of these roles, ordered by id; reservations of the request ``without`` left out."""
+        wanted = frozenset(roles)
+        views = tuple(self._view(known) for known in self._known.values() if known.instance.info.role in wanted)
+        if without:
+            views = tuple(_without(view, without) for view in views)
+        return ClusterView(self._loop.now_s, views)
+
+    def load_now(self, instance_id: str) -> InstanceLoad:
+        """An instance's own load with what is predicted of it, as of now."""
+        known = self._known[instance_id]
+        self._report(known)
+        return known.load
+
+    def loads(self) -> Mapping[str, InstanceLoad]:
+        """The last reports of the decode instances, none older than the interval."""
+        views = self.of((Role.DECODE,)).instances
+        return {view.info.instance_id: view.load for view in views if view.load is not None}
+
+    def _view(self, known: _Reported) -> InstanceView:
+        if self._loop.now_s - known.reported_at_s >= self._interval_s:
+            self._report(known)
+        if known.view is None:
+            known.view = InstanceView(
+                known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values())
+            )
+        return known.view
+
+    def _report(self, known: _Reported) -> None:
+        load = known.instance.load()
+        outgoing, incoming = self._migrations_of(known.instance.info.instance_id)
+        if known.instance.info.role is Role.DECODE and self._predictor is not None and len(load.sequences):
+            load = self._predicted(known, load)
+        if outgoing or incoming:
+            load = dataclasses.replace(load, outgoing_migrations=outgoing, incoming_migrations=incoming)
+        if known.pending:
+            here = frozenset(SequenceLoads.of(load.sequences).request_ids)
+            known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
+        known.load, known.reported_at_s, known.view = load, self._loop.now_s, None
+
+    def _predicted(self, known: _Reported, load: InstanceLoad) -> InstanceLoad:
+        assert self._predictor is not None
+        sequences = SequenceLoads.of(load.sequences)
+        if known.facts is None or sequences.request_ids is not known.request_ids:
+            facts = np.array([self._facts_of(name) for name in sequences.request_ids], dtype=np.int64).T
+            known.facts = (facts[0].copy(), facts[1].copy(), facts[2].copy())
+            known.request_ids = sequences.request_ids
+        output = np.frombuffer(sequences.columns[_OUTPUT_TOKENS], dtype=np.int64)
+        median, upper, age = self._predictor.remaining(known.facts[0], output, known.facts[1], known.facts[2])
+        prompt = np.frombuffer(sequences.columns[_PROMPT_TOKENS], dtype=np.int64)
+        ends = np.where(median > 0, prompt + output + median, 0).tolist()
+        # As live, with the report: whom to preempt goes by it.
+        known.instance.core.expect({name: end for name, end in zip(sequences.request_ids, ends, strict=True) if end})
+        columns = list(sequences.columns)
+        columns[_REMAINING : _REMAINING + 3] = (median.tobytes(), upper.tobytes(), age.tobytes())
+        return dataclasses.replace(load, sequences=SequenceLoads.of_buffers(sequences.request_ids, columns))
+
+
+def _without(view: InstanceView, request_id: str) -> InstanceView:
+    kept = tuple(item for item in view.reservations if item.request_id != request_id)
+    return view if len(kept) == len(view.reservations) else dataclasses.replace(view, reservations=kept)
+
+
+def is_ready(view: InstanceView) -> bool:
+    """Whether it takes new work."""
+    return view.info.state is InstanceState.READY
