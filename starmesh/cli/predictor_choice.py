@@ -39,8 +39,8 @@ class PredictorChoice:
 
 
 def choose_predictor(predicting: Predicting, model_directory: Path | None) -> PredictorChoice:
-    """The choice for a model; without one there is nothing to choose. Raises CliError for a predictor that is not there,
-    can't be read, or is another model's."""
+    """The choice for a model, if there is one. Raises CliError for a predictor that is not there, can't be read, or is
+    another model's."""
     if not predicting.on or model_directory is None:
         return PredictorChoice("", "nobody predicts remaining tokens: requests are placed and moved by what they hold")
     revision = model_revision(model_directory)

@@ -38,7 +38,8 @@ def load_emulated(settings: EngineSettings, emulation: Emulation, *, prefix_cach
     )
     link = SharedLink(emulation.link_bytes_per_s)
     return LoadedEngine(
-        EngineCore(executor, config, stop_checker=stop_checker, clock=WallClock()),
+        # A recount of an accelerator's tens of thousands of blocks takes longer than a step.
+        EngineCore(executor, config, stop_checker=stop_checker, clock=WallClock(), checks_when_idle=False),
         executor.memory,
         max_sequence_tokens=profile.max_sequence_tokens,
         max_sequences=profile.max_sequences,
