@@ -24,6 +24,7 @@ from starmesh.cli.bench_report import Outcome, Report
 from starmesh.cli.options import Asking
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
 from starmesh.cli.run import CliError
+from starmesh.emulation.requests import emulated_prompt
 from starmesh.rpc.status import from_rpc_error
 from starmesh.v1 import inference_pb2, sequence_pb2
 
@@ -40,7 +41,8 @@ class Load:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a JSON Lines file (``-``: stdin; ``.gz``: packed), each line an object with "prompt".
+    """The prompts of a JSON Lines file (``-``: stdin; ``.gz``: packed), each line an object with "prompt" or, for an
+    emulated cluster, with "prompt_tokens" and "output_tokens".
 
     Raises CliError naming the line that is not one.
     """
@@ -58,16 +60,31 @@ def read_prompts(source: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise CliError(f'{source}, line {number}: each line must be an object like {{"prompt": "..."}}')
+        prompt = _prompt_of(line, number)
+        if not prompt:
+            raise CliError(
+                f'{source}, line {number}: each line must be an object like {{"prompt": "..."}} or, for an emulated '
+                'cluster, {"prompt_tokens": 500, "output_tokens": 2000}'
+            )
         prompts.append(prompt)
     if not prompts:
         raise CliError(f'{source} has no prompts; give it lines like {{"prompt": "..."}}')
     return prompts
+
+
+def _prompt_of(line: str, number: int) -> str | None:
+    """The prompt that a line holds or describes; None for a line that does neither."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    match entry:
+        case {"prompt": str(prompt)}:
+            return prompt
+        case {"prompt_tokens": int(prompt_tokens), "output_tokens": int(output_tokens)}:
+            return emulated_prompt(prompt_tokens, output_tokens, note=f"line={number}")
+        case _:
+            return None
 
 
 def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:

@@ -128,7 +128,14 @@ def migrate(
 
 def bench(
     *,
-    prompts: Annotated[str, typer.Argument(metavar="FILE", help='JSON Lines of {"prompt": ...}; .gz; - for stdin.')],
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help='JSON Lines of {"prompt": ...} or, for an emulated cluster, {"prompt_tokens": ..., "output_tokens": '
+            "...}; .gz; - for stdin.",
+        ),
+    ],
     rate: Annotated[float | None, typer.Option(help="Requests per second, as a Poisson process.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Without --rate: requests in flight at a time.")] = 16,
     count: Annotated[int | None, typer.Option("--requests", min=1, help="How many. (default: all lines)")] = None,

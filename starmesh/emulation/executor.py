@@ -38,6 +38,6 @@ class PacedExecutor:
         """Run one step. Raises WrongMark."""
         # A sequence that was in the last step and is in this one has kept the engine busy between them.
         self._pace.begin(busy=any(item.request_id in self._last_ids for item in batch.items))
+        self._marks.compute(batch, known_ids=self._last_ids)
         self._last_ids = {item.request_id for item in batch.items}
-        self._marks.compute(batch)
         return self._emulated.execute(batch)
