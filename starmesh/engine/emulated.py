@@ -47,7 +47,7 @@ class StepNoise:
         first, last = step // _NOISE_CHUNK, (step + count - 1) // _NOISE_CHUNK
         chunks = [self._chunk(chunk) for chunk in range(first, last + 1)]
         offset = step - first * _NOISE_CHUNK
-        return np.concatenate(chunks)[offset : offset + count]
+        return (chunks[0] if first == last else np.concatenate(chunks))[offset : offset + count]
 
     def _chunk(self, chunk: int) -> npt.NDArray[np.float64]:
         found = self._chunks.get(chunk)
@@ -78,6 +78,13 @@ def output_token_id(position: int) -> int:
     """Stands for the output token at ``position`` of a sequence: neighbours differ, so that none can be lost or doubled
     unseen."""
     return FILLER_TOKEN_ID + position % FILLER_TOKENS
+
+
+def decode_durations_s(cost: CostModel, sequences: int, resident_tokens: int, steps: int) -> npt.NDArray[np.float64]:
+    """Seconds of each of ``steps`` steps without noise, as ``step_duration_s`` has them, while ``sequences`` decode
+    that hold ``resident_tokens`` together in the first of them, [steps]."""
+    resident = np.arange(steps, dtype=np.float64) * sequences + resident_tokens
+    return (cost.step_base_s + sequences * cost.step_sequence_s) + resident * cost.step_token_s
 
 
 class EmulatedExecutor:
@@ -111,6 +118,11 @@ class EmulatedExecutor:
         self._wait(step_duration_s(self._cost, batch) * self._noise.factor(self.steps))
         self.steps += 1
         return StepResult(tuple(map(self._token, batch.items)))
+
+    def next_durations_s(self, sequences: int, resident_tokens: int, steps: int) -> npt.NDArray[np.float64]:
+        """How long its next ``steps`` steps would take; arguments and result as of ``decode_durations_s``."""
+        quiet_s = decode_durations_s(self._cost, sequences, resident_tokens, steps)
+        return quiet_s * self._noise.factors(self.steps, steps)
 
     def _token(self, item: BatchItem) -> int | None:
         if item.history is None:

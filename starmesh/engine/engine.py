@@ -8,7 +8,7 @@ nothing here is asynchronous or thread-safe, and every call acts at once, betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -277,6 +277,12 @@ class EngineCore:
             self._note_step(self._clock.now_s() - started_s)
         self._settle()
         return outputs
+
+    def note_steps(self, durations_s: Iterable[float], output_tokens: int) -> None:
+        """Count steps that a simulator has made by itself, with the tokens that they put out in all."""
+        for duration_s in durations_s:
+            self._note_step(duration_s)
+        self._output_tokens += output_tokens
 
     def load(self) -> InstanceLoad:
         """The instance's load now. Reserved sequences count in ``free_blocks`` only, until they start."""

@@ -230,6 +230,19 @@ class Scheduler:
             chunks=tuple(Chunk(sequence, tokens) for sequence, tokens in chunks.items()), preempted=tuple(preempted)
         )
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the next step computes one token of each running sequence and admits nobody, if it finds blocks for
+        all of them. So do those after it then, until a sequence ends or something is asked of the engine: meanwhile
+        nothing frees blocks. (Without prefix caching: a waiting sequence may find blocks there.)"""
+        if self._prefix_caching or not 1 <= len(self.running) <= self._max_step_tokens:
+            return False
+        if any(sequence.hold or sequence.uncomputed_tokens != 1 for sequence in self.running):
+            return False
+        if not self.waiting or len(self.running) + len(self.incoming) >= self._max_sequences:
+            return True
+        return self.pool.blocks_for(self.waiting[0].tokens) + self._kept_free > self.pool.free_blocks
+
     def advance(self, sequence: Sequence, tokens: int) -> None:
         """Note that the KV of the next ``tokens`` tokens is computed."""
         sequence.computed_tokens += tokens

@@ -10,10 +10,11 @@ it, but its outputs and its tokens count when it ends, and not at all if the ins
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NoReturn, Protocol, TypeVar
+from typing import Literal, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from starmesh.engine.sequence import SequenceStatus
 from starmesh.profiles import Profile
 from starmesh.sequence_loads import SequenceLoads
 from starmesh.sim.events import Event, EventLoop
+from starmesh.sim.leap import Leap, plan_leap
 from starmesh.sim.leaping_sequence import OwingPool, SharedSteps
 from starmesh.sim.token_times import TokenTimes
 from starmesh.types import InstanceInfo, InstanceLoad, SequenceSpec
@@ -85,8 +87,9 @@ class SimulatedInstance:
             wait=self._clock.advance,
         )
         pool = OwingPool(profile.total_blocks, block_tokens=profile.layout.block_tokens)
-        self._shared = SharedSteps(pool)
-        self.core = EngineCore(
+        self._total_tokens = total_tokens
+        self._shared = SharedSteps(pool, ends_at=self._ends_at)
+        self._core = EngineCore(
             self._executor,
             EngineConfig(
                 eos_token_ids=frozenset({EOS_TOKEN_ID}),
@@ -104,9 +107,17 @@ class SimulatedInstance:
         self._turn: Event | None = None  # when the next step may begin
         self._stepping = False  # a step or a call is under way
         self._outputs: list[SequenceOutput] = []  # of the step under way
+        self._every_step = every_step
+        self._leap: Leap | None = None  # the steps under way
 
     def __repr__(self) -> str:
-        return f"<SimulatedInstance {self.info.instance_id} {self.core!r}>"
+        return f"<SimulatedInstance {self.info.instance_id} {self._core!r}>"
+
+    @property
+    def core(self) -> EngineCore:
+        """Its core after the step under way, to be looked at; to be changed by ``call``."""
+        self._catch_up()
+        return self._core
 
     def call(
         self,
@@ -118,7 +129,7 @@ class SimulatedInstance:
 
         def run() -> None:
             try:
-                result: T | SchedulingError | ValueError = do(self.core)
+                result: T | SchedulingError | ValueError = do(self._core)
             except (SchedulingError, ValueError) as error:
                 result = error
             if done is not None:
@@ -128,11 +139,12 @@ class SimulatedInstance:
             return
         self._calls.append(run)
         if self._stepping:
+            self._cut_leap()
             return
         self._stepping = True
         self._run_calls()
         self._stepping = False
-        if self.alive and self._turn is None and self.core.runnable:
+        if self.alive and self._turn is None and self._core.runnable:
             # Not at once: what else is asked for at this moment is in the same step.
             self._turn = self._loop.at(self._loop.now_s, self._take_turn, order=self._order)
 
@@ -143,6 +155,10 @@ class SimulatedInstance:
 
     def kill(self) -> None:
         """Have nothing of it happen any more; calls that wait are dropped."""
+        self._cut_leap()
+        if self._leap is not None:
+            self._note_tokens(self._leap.request_ids, self._leap.ends_s[: self._leap.made - 1])
+            self._leap = None
         self.alive = False
         self._calls.clear()
         if self._turn is not None:
@@ -155,23 +171,35 @@ class SimulatedInstance:
         self._end_step()
         while self.alive:
             self._run_calls()
-            if not self.core.runnable:
+            if not self._core.runnable:
                 break
-            if self._begin_step():
+            if self._begin_leap() or self._begin_step():
                 return
         self._stepping = False
 
     def _end_step(self) -> None:
+        self._catch_up()
+        leap, self._leap = self._leap, None
+        if leap is not None:
+            self._note_tokens(leap.request_ids, leap.ends_s[: leap.made])
+            return
         outputs, self._outputs = self._outputs, []
         got = [output.request_id for output in outputs if output.token_ids]
         if not got:
             return
-        gaps_s = self._token_times.tokens(got, np.array([self._loop.now_s]))
-        if gaps_s:
-            self._listener.gaps(self, np.array(gaps_s), 1)
+        self._note_tokens(got, np.array([self._loop.now_s]))
         left = [output for output in outputs if self._has_left(output)]
         if left and self.alive:
             self._listener.outputs(self, left)
+
+    def _note_tokens(self, request_ids: list[str], ends_s: npt.NDArray[np.float64]) -> None:
+        if not len(ends_s):
+            return
+        first_gaps_s = self._token_times.tokens(request_ids, ends_s)
+        if first_gaps_s:
+            self._listener.gaps(self, np.array(first_gaps_s), 1)
+        if len(ends_s) > 1:
+            self._listener.gaps(self, ends_s[1:] - ends_s[:-1], len(request_ids))
 
     def _run_calls(self) -> None:
         if self._calls:
@@ -179,12 +207,42 @@ class SimulatedInstance:
         while self._calls:
             self._calls.popleft()()
 
+    def _begin_leap(self) -> bool:
+        """Begin as many steps at once as can be; False for none."""
+        if self._every_step:
+            return False
+        self._leap = plan_leap(self._core, self._executor, self._shared, now_s=self._loop.now_s)
+        if self._leap is None:
+            return False
+        self._turn = self._loop.at(float(self._leap.ends_s[-1]), self._take_turn, order=self._order)
+        return True
+
+    def _catch_up(self) -> None:
+        """Make the steps of the leap that have begun by now."""
+        if self._leap is None or not self.alive:
+            return
+        now_s = self._loop.now_s
+        # A step begins where the one before it ends, at that end or, as this moment's events go, still before it.
+        side: Literal["left", "right"] = "right" if self._loop.passed(now_s, self._order) else "left"
+        ended = int(np.searchsorted(self._leap.ends_s, now_s, side=side))
+        steps = min(ended + 1, len(self._leap.ends_s))
+        self._leap.advance(steps, self._core, self._executor, self._shared)
+
+    def _cut_leap(self) -> None:
+        """Have the leap end with the step under way."""
+        self._catch_up()
+        if self._leap is None or self._turn is None or self._leap.made == len(self._leap.ends_s):
+            return
+        self._leap.cut()
+        self._turn.cancel()
+        self._turn = self._loop.at(float(self._leap.ends_s[-1]), self._take_turn, order=self._order)
+
     def _begin_step(self) -> bool:
         """Make a step. False when it took no time: then it has found room by preemption, and another may follow."""
         self._clock.reach(self._loop.now_s)
-        scheduler = self.core.scheduler
+        scheduler = self._core.scheduler
         running, preemptions, steps = list(scheduler.running), scheduler.preemptions, self._executor.steps
-        self._outputs = self.core.step()
+        self._outputs = self._core.step()
         for output in self._outputs:
             if output.error is not None:
                 raise RuntimeError(f"{self.info.instance_id}: {output.error}")
@@ -197,8 +255,13 @@ class SimulatedInstance:
         return begun
 
     def _has_left(self, output: SequenceOutput) -> bool:
-        sequence = self.core.scheduler.sequences.get(output.request_id)
+        sequence = self._core.scheduler.sequences.get(output.request_id)
         return sequence is None or sequence.status is not SequenceStatus.RUNNING
+
+    def _ends_at(self, spec: SequenceSpec) -> int:
+        total = math.inf if spec.sampling.ignore_eos else self._total_tokens[spec.request_id]
+        limit = self._core.scheduler.limit_tokens(hold=False)
+        return int(min(total, len(spec.prompt_token_ids) + spec.sampling.max_output_tokens, limit))
 
 
 def _no_stop_strings(spec: SequenceSpec) -> NoReturn:

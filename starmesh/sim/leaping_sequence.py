@@ -8,9 +8,9 @@ difference.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 
-from starmesh.engine.block_pool import BlockPool
+from starmesh.engine.block_pool import BlockPool, IntegrityError
 from starmesh.engine.sequence import Sequence, SequenceStatus
 from starmesh.sim.token_count import TokenCount, counted_spec
 from starmesh.types import SequenceSpec
@@ -23,13 +23,18 @@ class OwingPool(BlockPool):
         super().__init__(total_blocks, block_tokens=block_tokens)
         self._owed_blocks = 0
 
+    def __repr__(self) -> str:
+        return f"<OwingPool free={self.free_blocks} of {self.total_blocks}, {self._owed_blocks} owed>"
+
     @property
     def free_blocks(self) -> int:
         return super().free_blocks - self._owed_blocks
 
     def owe(self, blocks: int) -> None:
-        """Count ``blocks`` more as taken."""
+        """Count ``blocks`` more as taken. Raises IntegrityError for more than are free."""
         self._owed_blocks += blocks
+        if self.free_blocks < 0:
+            raise IntegrityError(f"{self!r} owes {self._owed_blocks} blocks")
 
     def settle(self, blocks: int) -> list[int]:
         """Hand out ``blocks`` of those owed."""
@@ -38,25 +43,29 @@ class OwingPool(BlockPool):
 
 
 class SharedSteps:
-    """How many steps all running sequences of an instance have made together, on blocks that ``pool`` owes them."""
+    """How many steps all running sequences of an instance have made together, on blocks that ``pool`` owes them.
 
-    def __init__(self, pool: OwingPool) -> None:
+    ``ends_at`` says at how many tokens, prompt included, a sequence ends, if it ends there."""
+
+    def __init__(self, pool: OwingPool, *, ends_at: Callable[[SequenceSpec], int]) -> None:
         self.made = 0
         self.pool = pool
+        self._ends_at = ends_at
 
     def sequence(self, spec: SequenceSpec, *, arrival: int, queued_at_s: float, hold: bool = False) -> LeapingSequence:
         """A new sequence that waits, as ``Sequence.from_spec``."""
-        return LeapingSequence(spec, self, arrival=arrival, queued_at_s=queued_at_s, hold=hold)
+        return LeapingSequence(spec, self, self._ends_at(spec), arrival=arrival, queued_at_s=queued_at_s, hold=hold)
 
 
 class LeapingSequence(Sequence):
     """A sequence whose progress is ``SharedSteps``' while it runs. Its tokens are counted, not kept."""
 
-    __slots__ = ("_block_ids", "_computed_tokens", "_seen_steps", "_shared", "_status", "_token_count")
+    __slots__ = ("_block_ids", "_computed_tokens", "_seen_steps", "_shared", "_status", "_token_count", "ends_at")
 
     def __init__(
-        self, spec: SequenceSpec, shared: SharedSteps, *, arrival: int, queued_at_s: float, hold: bool
+        self, spec: SequenceSpec, shared: SharedSteps, ends_at: int, *, arrival: int, queued_at_s: float, hold: bool
     ) -> None:
+        self.ends_at = ends_at
         self._shared = shared
         self._seen_steps = 0
         self._status = SequenceStatus.WAITING
@@ -125,6 +134,18 @@ class LeapingSequence(Sequence):
         missing = self._shared.pool.blocks_for(self._computed_tokens) - len(self._block_ids)
         if missing > 0:
             self._block_ids += self._shared.pool.settle(missing)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until it ends, the one in which it does included; at least 1."""
+        return max(1, self.ends_at - self.tokens)
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens more that the blocks hold which it has or is owed."""
+        self._catch_up()
+        bare = len(self._block_ids) * self._shared.pool.block_tokens - self._computed_tokens
+        return bare if bare >= 0 else bare % self._shared.pool.block_tokens
 
     @property
     def tokens(self) -> int:
