@@ -1,7 +1,8 @@
 """What the source of a simulated migration asks of its engine.
 
 Calls run between steps in the order in which they are made, after the outputs of the steps before them. So what is not
-found has either ended, of which its last output has told, or lost its blocks. The live counterpart is
+found has either ended, of which its last output has told, or lost its blocks. What they find is told once the engine
+has gone on, as live its thread does: what comes of it waits for the end of the next step. The live counterpart is
 ``services.decode.engine_calls``.
 """
 
@@ -14,6 +15,7 @@ from typing import TypeVar
 from starmesh.engine.engine import EngineCore, ExportedSequence, SequenceProgress
 from starmesh.engine.scheduler import SchedulingError, UnknownRequest
 from starmesh.migration.source_record import Frozen
+from starmesh.sim.events import EventLoop
 from starmesh.sim.instance import SimulatedInstance
 
 T = TypeVar("T")
@@ -23,7 +25,8 @@ class DepartingSequence:
     """A running sequence at its source. Block ids that were told hold its KV for as long as it has not been preempted
     since ``note_preemptions``, even if it runs again; the others hear None once it has."""
 
-    def __init__(self, instance: SimulatedInstance, request_id: str, epoch: int) -> None:
+    def __init__(self, loop: EventLoop, instance: SimulatedInstance, request_id: str, epoch: int) -> None:
+        self._loop = loop
         self._instance = instance
         self._request_id = request_id
         self._epoch = epoch
@@ -78,10 +81,10 @@ class DepartingSequence:
 
         def done(result: T | SchedulingError | ValueError) -> None:
             if isinstance(result, UnknownRequest):
-                found(None)
+                self._loop.after(0.0, lambda: found(None))
             elif isinstance(result, SchedulingError | ValueError):
                 raise result
             else:
-                found(result)
+                self._loop.after(0.0, lambda: found(result))
 
         self._instance.call(do, done)

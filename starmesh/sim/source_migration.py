@@ -55,7 +55,7 @@ class SourceMigration:
         self.transfer_bytes = 0
         self._shell = shell
         self._max_tokens = min(max_tokens, shell.instance.info.max_sequence_tokens)
-        self._sequence = DepartingSequence(shell.instance, terms.request_id, terms.epoch)
+        self._sequence = DepartingSequence(shell.loop, shell.instance, terms.request_id, terms.epoch)
         self._target = TargetCalls(shell.network, shell.receiver, terms, self._answered)
         self._ticket: KvTicket | None = None
         self._leases = 0
