@@ -118,19 +118,22 @@ class Evacuations:
             if self._loop.now_s >= look.no_relief_until_s:
                 self._evacuate(look, load)
             wait_s = self._interval_s
-        look.next = self._loop.after(max(wait_s, self._interval_s), lambda: self._turn(look))
+        # With one sequence alone there is nobody to make room for, until another comes.
+        if wait_s < math.inf:
+            look.next = self._loop.after(max(wait_s, self._interval_s), lambda: self._turn(look))
 
     def _slack_s(self, load: InstanceLoad) -> float:
-        """How long blocks cannot run short within the horizon, whatever its present sequences do; 0 when they may now
-        (the live ``Evacuator`` asks the same of each report)."""
-        if load.running_sequences < 2 or load.step_duration_s <= 0:
-            return math.inf if load.running_sequences < 2 else self._interval_s
-        block_tokens = self._views.block_tokens
-        growth = -(-self._steps(load) // block_tokens) + 1
+        """How long blocks cannot run short within the horizon, whatever its present sequences do; 0 or less when they
+        may now (the live ``Evacuator`` asks the same of each report)."""
+        if load.running_sequences < 2:
+            return math.inf
+        growth = -(-self._steps(load) // self._views.block_tokens) + 1
         spare = load.free_blocks - load.running_sequences * growth
-        # Each sequence takes at most a block in so many steps, and one at once.
-        steps = (spare // load.running_sequences - 1) * block_tokens
-        return 0.9 * steps * load.step_duration_s if spare >= 0 and steps > 0 else (0.0 if spare < 0 else 1e-9)
+        if spare < 0:
+            return 0.0
+        # Each sequence takes at most one block at once, and then one in so many steps.
+        steps = (spare // load.running_sequences - 1) * self._views.block_tokens
+        return max(self._interval_s, 0.9 * steps * load.step_duration_s)
 
     def _steps(self, load: InstanceLoad) -> int:
         if load.step_duration_s <= 0:

@@ -58,12 +58,13 @@ def run_simulation(config: SimulationConfig, *, progress: Callable[[Progress], N
         cluster.over = arrivals.over and not cluster.router.flights
         if progress is not None and events % PROGRESS_EVERY_EVENTS == 0:
             progress(Progress(loop.now_s, arrivals.arrived - len(cluster.router.flights), config.workload.requests))
+    ended_at_s = loop.now_s
     # What is under way between instances still comes to its end: nothing may be left behind.
     sampler.stop()
     while loop.turn():
         pass
     cluster.check_at_rest()
-    return measurements.result(ended_at_s=loop.now_s, wall_s=time.perf_counter() - started_s)
+    return measurements.result(ended_at_s=ended_at_s, wall_s=time.perf_counter() - started_s)
 
 
 class _Arrivals:
