@@ -139,9 +139,12 @@ class Dispatcher:
         if not queue.push(Waiting(demand.request_id, give_up_s, demand.priority), now_s):
             raise NotPlaced.for_the_queue(len(queue), queue.retry_delay_s(now_s))
         turn = self._turns[demand.request_id] = asyncio.Event()
+        first_s: float | None = None
         try:
             while True:
                 if self._first() == demand.request_id:
+                    first_s = self._loop.time() if first_s is None else first_s
+                    demand = dataclasses.replace(demand, held_s=self._loop.time() - first_s)
                     placement = await self._try(demand)
                     if placement is not None:
                         if self._first() == demand.request_id:
@@ -197,6 +200,7 @@ class Dispatcher:
             frozenset(self._local.avoidable(demand.avoid, unusable) | unusable),
             demand.estimate,
             placed_id,
+            demand.held_s,
         )
         if layout is None:
             decision, self._memory = self._policy.choose(view, request, self._memory, self._config)

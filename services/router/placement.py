@@ -57,7 +57,8 @@ class Placement:
 class Demand:
     """A request that wants a place. Of one that has ``started`` the client has part of the answer: it goes before all
     others and waits until its deadline. Instances in ``avoid`` are chosen only where their role has no others.
-    ``estimate`` is what it is predicted to generate still, as of now."""
+    ``estimate`` is what it is predicted to generate still, as of now, and ``held_s`` for how long it has been the first
+    of those that wait."""
 
     request_id: str
     need: Need
@@ -66,3 +67,4 @@ class Demand:
     started: bool = False
     avoid: Set[str] = frozenset()
     estimate: RemainingEstimate | None = None
+    held_s: float = 0.0

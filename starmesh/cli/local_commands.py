@@ -26,7 +26,9 @@ from starmesh.cli.local_options import (
 )
 from starmesh.cli.run import CliError, fail, run
 
-DispatchPolicy = Literal["round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load"]
+DispatchPolicy = Literal[
+    "round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load", "predicted_peak"
+]
 ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
 _POLICIES = get_args(ReschedulingPolicy)
 Transfer = Literal["nixl,stream", "stream,nixl", "nixl", "stream"]

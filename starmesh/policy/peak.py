@@ -14,34 +14,32 @@ what is here now is in the last term, so the peak is never less than today's nee
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from starmesh.policy.forecast import Integers, believe
 from starmesh.sequence_loads import UNKNOWN
 
 
-def peak_blocks(tokens: Integers, remaining: Integers, first_row: Integers, block_tokens: int) -> Integers:
-    """The most blocks that the sequences of each instance will hold at one moment, [instances]; 0 without any.
+def peak_blocks(tokens: Integers, remaining: Integers, owner: Integers, count: int, block_tokens: int) -> Integers:
+    """The most blocks that the sequences of each of ``count`` owners will hold at one moment, [owners]; 0 without any.
 
-    Each holds ``tokens`` (at least 1) and generates ``remaining`` (at least 0), [sequences]; ``first_row``
-    [instances + 1] delimits the instances' rows.
+    Each of ``owner`` has ``tokens`` (at least 1) and generates ``remaining`` (at least 0), [sequences].
     """
-    counts = np.diff(first_row)
-    owner = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-remaining, owner))
-    ends, full = remaining[order], tokens[order] - 1
+    sizes = np.bincount(owner, minlength=count)
+    begins = np.cumsum(sizes) - sizes
     # ceil((c + y) / B) is floor((c - 1) / B) + floor(y / B) + 1, and 1 more where the two rests reach another block.
-    whole, rest = np.divmod(full, block_tokens)
-    whole_ends, rest_ends = np.divmod(ends, block_tokens)
-    rank = np.arange(1, len(order) + 1) - np.repeat(first_row[:-1], counts)
-    held = _sums(whole, first_row) + rank * (whole_ends + 1)
-    # By row b, how many of the first k sequences have a rest of at least b.
-    reaching = np.stack([_sums((rest >= least).astype(np.int64), first_row) for least in range(1, block_tokens + 1)])
+    whole, rest = np.divmod(tokens[order] - 1, block_tokens)
+    whole_ends, rest_ends = np.divmod(remaining[order], block_tokens)
+    rank = np.arange(1, len(order) + 1) - np.repeat(begins, sizes)
+    held = _sums(whole, begins, sizes) + rank * (whole_ends + 1)
+    # By b - 1, how many of the first k sequences have a rest of at least b.
+    reaching = np.stack([_sums(rest >= least, begins, sizes) for least in range(1, block_tokens + 1)])
     held += reaching[block_tokens - rest_ends - 1, np.arange(len(order))]
-    # An instance without sequences has no rows, and reduceat would give it another's.
-    peaks = np.zeros(len(counts), dtype=np.int64)
-    filled = counts > 0
-    if filled.any():
-        peaks[filled] = np.maximum.reduceat(held, first_row[:-1][filled])
+    peaks = np.zeros(count, dtype=np.int64)
+    # One without sequences has no rows, and reduceat would give it another's.
+    if len(order) > 0:
+        peaks[sizes > 0] = np.maximum.reduceat(held, begins[sizes > 0])
     return peaks
 
 
@@ -71,8 +69,8 @@ def taken_remaining(
     return np.where(believed == UNKNOWN, np.minimum(output, bound), between)
 
 
-def _sums(values: Integers, first_row: Integers) -> Integers:
-    """Running sums that begin anew with each instance, [sequences]."""
+def _sums(values: npt.NDArray[np.int64 | np.bool_], begins: Integers, sizes: Integers) -> Integers:
+    """Running sums that begin anew with each owner, [sequences]."""
     sums = np.concatenate(([0], np.cumsum(values)))
-    running: Integers = sums[1:] - np.repeat(sums[first_row[:-1]], np.diff(first_row))
+    running: Integers = sums[1:] - np.repeat(sums[begins], sizes)
     return running

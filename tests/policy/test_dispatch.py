@@ -48,7 +48,14 @@ def decode_id(policy: str, *instances: InstanceView, memory: DispatchMemory = EM
 
 
 def test_registry_names() -> None:
-    assert sorted(POLICIES) == ["least_requests", "least_tokens", "power_of_two", "predicted_load", "round_robin"]
+    assert sorted(POLICIES) == [
+        "least_requests",
+        "least_tokens",
+        "power_of_two",
+        "predicted_load",
+        "predicted_peak",
+        "round_robin",
+    ]
     assert all(name == policy.name for name, policy in POLICIES.items())
 
 

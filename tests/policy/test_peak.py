@@ -28,8 +28,10 @@ def at_worst(held: list[tuple[int, int]], block_tokens: int) -> int:
 
 def peaks(found: list[list[tuple[int, int]]], block_tokens: int) -> list[int]:
     tokens, remaining = (np.array([each[at] for one in found for each in one], dtype=np.int64) for at in (0, 1))
-    first_row = np.cumsum([0, *map(len, found)])
-    return [int(each) for each in peak_blocks(tokens, remaining, first_row, block_tokens)]
+    owner = np.repeat(np.arange(len(found)), [len(held) for held in found])
+    # In no order: whose they are is all that matters.
+    mixed = np.random.default_rng(len(owner)).permutation(len(owner))
+    return [int(each) for each in peak_blocks(tokens[mixed], remaining[mixed], owner[mixed], len(found), block_tokens)]
 
 
 @given(instances, block_sizes)
@@ -87,6 +89,6 @@ def test_without_estimates_a_batch_has_as_much_before_it_as_behind_it() -> None:
     none = np.full(2_500, UNKNOWN)
     taken = taken_remaining(output, none, none, none, np.full(2_500, 10**9), caution=0.0, max_age_tokens=200)
     assert taken.sum() == pytest.approx((seen - output).sum(), rel=0.1)
-    first_row = np.arange(0, 2_501, 25)
-    estimated, true = (peak_blocks(output + 1, left, first_row, 16) for left in (taken, seen - output))
+    owner = np.arange(2_500) // 25
+    estimated, true = (peak_blocks(output + 1, left, owner, 100, 16) for left in (taken, seen - output))
     assert np.mean(estimated / true) == pytest.approx(1.1, abs=0.1)

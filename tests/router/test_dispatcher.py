@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from services.router.config import RouterSettings
@@ -80,3 +82,27 @@ async def test_a_request_that_is_placed_anew_after_a_move_counts_once() -> None:
     await dispatcher.release("r")
     await watch.refresh()
     assert counted(watch) == {"d0": 0, "d1": 0}
+
+
+async def test_a_request_is_held_until_memory_will_do() -> None:
+    ledger = MemoryLedger(VirtualClock())
+    watch = LedgerWatch(ledger, interval_s=1.0)
+    dispatcher = Dispatcher(ledger, watch, RouterSettings(_cli_parse_args=False, dispatch_policy="predicted_peak"))
+    for info in (instance("p", Role.PREFILL), instance("d0")):
+        await ledger.register(info, ttl_s=TTL_S)
+        await ledger.report(info.instance_id, "one", InstanceLoad(64, 64), ttl_s=TTL_S)
+    # There is room for it now, but the others grow by 300 tokens each.
+    growing = tuple(SequenceLoad(name, 1, 150, 1, 150, 900, 300, 300, 0) for name in "abc")
+    await ledger.report("d0", "one", InstanceLoad(64, 34, 3, sequences=growing), ttl_s=TTL_S)
+    await watch.refresh()
+    demand = Demand("r", Need(tokens=20, remaining_output_tokens=400), deadline_s=dispatcher._loop.time() + 60)
+    placing = asyncio.create_task(dispatcher.place(demand))
+    while not dispatcher.queued_requests:
+        await asyncio.sleep(0)
+    dispatcher.wake()
+    await asyncio.sleep(0)
+    assert not placing.done()
+    await ledger.report("d0", "one", InstanceLoad(64, 54, 1, sequences=growing[:1]), ttl_s=TTL_S)
+    await watch.refresh()
+    dispatcher.wake()
+    assert (await placing).decode.instance_id == "d0"

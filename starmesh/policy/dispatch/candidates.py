@@ -111,7 +111,7 @@ def layout_of(candidate: Candidate) -> KvLayout | None:
 def why_none(skipped: tuple[Skipped, ...]) -> NoPlacement:
     """What the reasons against all instances of a role come to; excluded ones have no say."""
     reasons = {skip.reason for skip in skipped} - {SkipReason.EXCLUDED}
-    if reasons & {SkipReason.QUEUE, SkipReason.NO_BLOCKS}:
+    if reasons & {SkipReason.QUEUE, SkipReason.NO_BLOCKS, SkipReason.PEAK}:
         return NoPlacement.NO_CAPACITY
     if reasons == {SkipReason.NOT_READY}:
         return NoPlacement.ALL_DRAINING

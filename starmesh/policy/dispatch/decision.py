@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from starmesh.policy.admission import AdmissionConfig, Need
+from starmesh.policy.dispatch.outlook import Outlook
 from starmesh.types import RemainingEstimate
 
 
@@ -24,6 +26,8 @@ class SkipReason(Enum):
     QUEUE = "queue"
     """Enough requests wait there already."""
     NO_BLOCKS = "no_blocks"
+    PEAK = "peak"
+    """It has room now, but its sequences and the request are predicted to outgrow its blocks."""
 
 
 class NoPlacement(Enum):
@@ -60,9 +64,18 @@ class DispatchConfig:
     max_prediction_age_tokens: int = 200
     """Predictions for running sequences that are older than this count as none. As in rescheduling."""
 
+    peak_caution: float = 0.0
+    """Where between the median (0) and the upper quantile (1) ``predicted_peak`` takes a sequence to end."""
+
+    hold_s: float = 30.0
+    """For how long ``predicted_peak`` lets the first in the queue wait for an instance whose memory will do. Our
+    choice: long beside the time between two ends on a full instance, so that only a standstill reaches it."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.min_horizon_steps <= self.horizon_steps <= self.max_horizon_steps:
             raise ValueError(f"horizon_steps lies within min_horizon_steps and max_horizon_steps, not {self}")
+        if not 0 <= self.peak_caution <= 1 or self.hold_s < 0:
+            raise ValueError(f"peak_caution lies within 0 to 1 and hold_s is at least 0, not {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +83,9 @@ class DispatchRequest:
     """What is to be placed. Instances in ``excluded`` have failed or refused it.
 
     ``estimate`` says what it is predicted to generate after the tokens that ``need`` counts. ``placed_id`` is the
-    decode instance that it has a place on already, not counted in the view: it changes only for a better one. Both are
-    for policies that use estimates; the others do without.
+    decode instance that it has a place on already, not counted in the view: it changes only for a better one.
+    ``held_s`` says for how long it has been the first of those that wait. All three are for policies that use
+    estimates; the others do without.
     """
 
     request_id: str
@@ -79,13 +93,16 @@ class DispatchRequest:
     excluded: frozenset[str] = frozenset()
     estimate: RemainingEstimate | None = None
     placed_id: str = ""
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchMemory:
-    """What a policy remembers from one choice to the next."""
+    """What a policy remembers from one choice to the next. ``outlooks`` by instance only save it from reading a report
+    again: without them it chooses the same."""
 
     last_decode_id: str = ""
+    outlooks: Mapping[str, Outlook] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ Owns the registry and the pairing with a prefill instance. Owns no screening (``
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,20 +22,24 @@ from starmesh.policy.dispatch.decision import (
     SkipReason,
 )
 from starmesh.policy.dispatch.predicted_load import pick_by_predicted_load
+from starmesh.policy.dispatch.predicted_peak import pick_by_predicted_peak, read_reports
 from starmesh.types import ClusterView, KvLayout, Role
 
 # Candidates are ordered by id and at least one.
-Pick = Callable[[tuple[Candidate, ...], DispatchRequest, DispatchMemory, DispatchConfig], Candidate]
+Read = Callable[[tuple[Candidate, ...], DispatchMemory, DispatchConfig], DispatchMemory]
+Pick = Callable[[tuple[Candidate, ...], DispatchRequest, DispatchMemory, DispatchConfig], Candidate | None]
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchPolicy:
-    """A policy by name: ``pick`` chooses among the decode instances that have room. ``uses_estimates`` says whether a
-    request's predicted length may change its choice."""
+    """A policy by name: ``pick`` chooses among the decode instances that have room, or None for the request to wait
+    though some have. ``read`` gives it the memory that it chooses by. ``uses_estimates`` says whether a request's
+    predicted length may change its choice."""
 
     name: str
     pick: Pick
     uses_estimates: bool = False
+    read: Read = lambda candidates, memory, config: memory
 
     def choose(
         self, view: ClusterView, request: DispatchRequest, memory: DispatchMemory, config: DispatchConfig
@@ -68,7 +74,9 @@ class DispatchPolicy:
         *,
         layout: KvLayout,
     ) -> tuple[Decision, DispatchMemory]:
-        """Place a request, whose KV is ready under ``layout``, on a decode instance alone."""
+        """Place a request, whose KV is ready under ``layout``, on a decode instance alone. It does not wait where some
+        have room: its KV takes room already."""
+        request = dataclasses.replace(request, held_s=math.inf)
         return self._choose_decode(view, request, memory, config, {layout})
 
     def _choose_decode(
@@ -82,9 +90,14 @@ class DispatchPolicy:
         candidates, skipped = find_candidates(view, Role.DECODE, request, config, layouts=layouts)
         if not candidates:
             return Decision(reason=why_none(skipped), skipped=skipped), memory
+        memory = self.read(candidates, memory, config)
         chosen = self.pick(candidates, request, memory, config)
+        if chosen is None:
+            held = tuple(Skipped(candidate.instance_id, SkipReason.PEAK) for candidate in candidates)
+            skipped = tuple(sorted((*skipped, *held), key=lambda skip: skip.instance_id))
+            return Decision(reason=why_none(skipped), skipped=skipped), memory
         decision = Decision(decode=choice_at(chosen, request, config), skipped=skipped)
-        return decision, DispatchMemory(last_decode_id=chosen.instance_id)
+        return decision, dataclasses.replace(memory, last_decode_id=chosen.instance_id)
 
 
 def _round_robin(
@@ -131,6 +144,7 @@ POLICIES: Mapping[str, DispatchPolicy] = MappingProxyType(
             DispatchPolicy("least_tokens", _least_tokens),
             DispatchPolicy("power_of_two", _power_of_two),
             DispatchPolicy("predicted_load", pick_by_predicted_load, uses_estimates=True),
+            DispatchPolicy("predicted_peak", pick_by_predicted_peak, uses_estimates=True, read=read_reports),
         )
     }
 )
