@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from starmesh.cli import local_commands, router_commands
+from starmesh.cli import local_commands, profile_command, router_commands, simulate_command
 from starmesh.cli.predictor_commands import predictor_app
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ for command in (
     router_commands.bench,
     local_commands.compare,
     local_commands.demo,
+    profile_command.profile,
+    simulate_command.simulate,
 ):
     app.command()(command)
 model_app.command()(local_commands.fetch)

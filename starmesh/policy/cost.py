@@ -53,13 +53,13 @@ class CostModel:
 
 
 LAPTOP_CPU = CostModel(
-    step_base_s=0.079,
-    step_sequence_s=0.005,
-    step_token_s=9e-6,
-    transfer_setup_s=0.005,
+    step_base_s=0.0707,
+    step_sequence_s=0.00527,
+    step_token_s=9.05e-6,
+    transfer_setup_s=0.00445,
     transfer_bytes_per_s=1.5e9,
-    prefill_token_s=0.0031,
-    prefill_pair_s=2.4e-7,
+    prefill_token_s=0.00376,
+    prefill_pair_s=2.21e-6,
 )
 """The policy's default: the costs of the profile laptop-cpu, which says where they come from. Here as well because the
 policy reads no files; a test holds both together."""
