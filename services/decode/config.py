@@ -105,7 +105,8 @@ class DecodeSettings(EngineSettings):
         """What drains and shortages of blocks go by. With an instance that may move nothing away they ask in vain."""
         config = EvacuationConfig(relief_horizon_s=self.relief_horizon_s)
         moves = max(1, self.max_outgoing_migrations)
-        return replace(config, rescheduling=replace(config.rescheduling, max_in_flight_per_source=moves))
+        rescheduling = replace(config.rescheduling, cost=self.cost, max_in_flight_per_source=moves)
+        return replace(config, rescheduling=rescheduling)
 
     @property
     def migrator(self) -> MigratorConfig:

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from starmesh.emulation.settings import EmulationSettings
 from starmesh.policy.rescheduling import POLICIES, ReschedulingConfig
-from starmesh.profiles import load_profile, profile_names
 
 _DEFAULT: Final = ReschedulingConfig()
 _LEAD_ROUNDS: Final = 3.0
@@ -25,9 +24,6 @@ class ReschedulerSettings(EmulationSettings):
     round_interval_s: float = Field(1.0, ge=0.05, description="seconds between rounds")
     record: Path | None = Field(None, description="file to append each round to, as a line of JSON to plan again")
     record_max_mib: int = Field(256, ge=1, description="MiB at which recording ends")
-    profile: str = Field(
-        "laptop-cpu", description=f"what steps and transfers cost: {', '.join(profile_names())}, or a .toml file"
-    )
 
     policy: str = Field(_DEFAULT.policy, description=f"how requests are rebalanced: {', '.join(POLICIES)}")
     stale_after_s: float = Field(_DEFAULT.stale_after_s, gt=0, description="seconds after which a report is ignored")
@@ -57,12 +53,6 @@ class ReschedulerSettings(EmulationSettings):
             raise ValueError(f"there is no policy {name!r}: use one of {', '.join(POLICIES)}")
         return name
 
-    @field_validator("profile")
-    @classmethod
-    def _known_profile(cls, name: str) -> str:
-        load_profile(name)
-        return name
-
     @field_validator("record")
     @classmethod
     def _writable(cls, path: Path | None) -> Path | None:
@@ -78,5 +68,4 @@ class ReschedulerSettings(EmulationSettings):
     def rescheduling(self) -> ReschedulingConfig:
         """What ``plan`` decides by."""
         names = {field.name for field in dataclasses.fields(ReschedulingConfig)} & type(self).model_fields.keys()
-        cost = load_profile(self.profile).cost if self.emulation is None else self.emulation.cost
-        return dataclasses.replace(_DEFAULT, cost=cost, **{name: getattr(self, name) for name in names})
+        return dataclasses.replace(_DEFAULT, cost=self.cost, **{name: getattr(self, name) for name in names})

@@ -29,7 +29,12 @@ Engine = Annotated[
     ),
 ]
 ProfileName = Annotated[
-    str, typer.Option("--profile", metavar="NAME|FILE", help="Emulated: the instances' hardware and model (h100-7b).")
+    str,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="The instances' hardware and model (h100-7b): what rescheduling reckons with, and what is emulated.",
+    ),
 ]
 Speed = Annotated[float, typer.Option(min=0.001, help="Emulated: how many times faster than the hardware time passes.")]
 KvTokens = Annotated[int, typer.Option(min=0, help="Emulated: tokens whose KV an instance holds. (0: the profile's)")]
@@ -68,19 +73,16 @@ class Emulating:
         """Raise typer.BadParameter for options that do not go together."""
         from starmesh.profiles import ProfileError, load_profile, profile_names
 
-        if not self.on:
-            if self.profile:
-                raise typer.BadParameter("needs --engine emulated", param_hint="--profile")
-            return
-        if predictor not in {"", "none"}:
+        if self.on and predictor not in {"", "none"}:
             raise typer.BadParameter("emulated instances have no hidden states for it", param_hint="--predictor")
-        if not self.profile:
+        if self.on and not self.profile:
             raise typer.BadParameter(
                 f"is needed with --engine emulated: a TOML file, or one of {', '.join(profile_names())}",
                 param_hint="--profile",
             )
         try:
-            load_profile(self.profile)
+            if self.profile:
+                load_profile(self.profile)
         except ProfileError as error:
             raise typer.BadParameter(str(error), param_hint="--profile") from None
 
@@ -89,13 +91,19 @@ class Emulating:
         return max(min(seconds, _SHORTEST_INTERVAL_S), seconds / self.speed) if self.on else seconds
 
     def apply(self, plan: ClusterPlan) -> ClusterPlan:
-        """The plan with instances that emulate, where they are to; its other flags for them go."""
+        """The plan with instances that emulate, where they are to; its other flags for them go. Where they are not, a
+        profile is what costs are reckoned by."""
         from starmesh.policy.rescheduling import ReschedulingConfig
 
-        if not self.on:
-            return plan
-        default, speed = ReschedulingConfig(), self.speed
         profile = str(Path(self.profile).absolute()) if Path(self.profile).is_file() else self.profile
+        if not self.on:
+            reckoned = flags({"--profile": profile}) if profile else ()
+            return dataclasses.replace(
+                plan,
+                decode_flags=(*plan.decode_flags, *reckoned),
+                rescheduler_flags=(*plan.rescheduler_flags, *reckoned),
+            )
+        default, speed = ReschedulingConfig(), self.speed
         own = flags(
             {"--engine": "emulated", "--profile": profile, "--speed": self.speed, "--kv-tokens": self.kv_tokens}
         )

@@ -8,18 +8,22 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from starmesh.emulation.emulation import KV_TOKEN_BYTES, Emulation, check_kv_token_bytes
+from starmesh.policy.cost import LAPTOP_CPU, CostModel
 from starmesh.process import ServiceSettings
 from starmesh.profiles import load_profile
 
 
 class EmulationSettings(ServiceSettings):
-    """All services of a cluster need the same. Without ``--engine emulated`` the others say nothing."""
+    """All services of a cluster need the same. Without ``--engine emulated`` only the profile says something."""
 
     engine: Literal["torch", "emulated"] = Field(
         "torch", description="torch runs a model; emulated lets the time pass that a profile's hardware would take"
     )
     profile: str = Field(
-        "", validate_default=True, description="emulated: name or TOML file of the instance's hardware and model"
+        "",
+        validate_default=True,
+        description="name or TOML file of the instances' hardware and model: what steps and transfers cost (empty: as "
+        "on laptop-cpu), and what is emulated",
     )
     speed: float = Field(1.0, gt=0, description="emulated: how many times faster than the hardware time passes")
     kv_tokens: int = Field(0, ge=0, description="emulated: tokens whose KV an instance holds; 0: as the profile says")
@@ -29,11 +33,11 @@ class EmulationSettings(ServiceSettings):
 
     @field_validator("profile")
     @classmethod
-    def _profile_when_emulated(cls, name: str, info: ValidationInfo) -> str:
-        if info.data.get("engine") == "emulated":
-            if not name:
-                raise ValueError("needed with --engine emulated: the name or file of a profile, as h100-7b")
+    def _known_profile(cls, name: str, info: ValidationInfo) -> str:
+        if name:
             load_profile(name)
+        elif info.data.get("engine") == "emulated":
+            raise ValueError("needed with --engine emulated: the name or file of a profile, as h100-7b")
         return name
 
     @field_validator("kv_token_bytes")
@@ -51,3 +55,10 @@ class EmulationSettings(ServiceSettings):
         if self.kv_tokens:
             profile = profile.with_memory(self.kv_tokens)
         return Emulation(profile=profile, speed=self.speed, kv_token_bytes=self.kv_token_bytes)
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """What steps and transfers take, for whoever decides by it."""
+        if self.emulation is not None:
+            return self.emulation.cost
+        return load_profile(self.profile).cost if self.profile else LAPTOP_CPU

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from starmesh.cli.app import app
+from starmesh.cli.emulating import Emulating
+from starmesh.cli.local_cluster import ClusterPlan
 from starmesh.cli.profile_command import show_profile, show_steps
 from starmesh.instance.measuring.steps import MeasuredSteps
-from starmesh.profiles import load_profile
+from starmesh.profiles import load_profile, write_profile
 from starmesh.profiles.fit import StepTime, fit_steps
 from starmesh.profiles.profile_file import number_names
 
@@ -41,6 +44,21 @@ def test_a_model_that_is_nowhere_is_one_line() -> None:
     result = runner.invoke(app, ["profile", "--model", "nowhere"])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.fast
+def test_a_cluster_with_a_model_reckons_with_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_profile(load_profile("h100-7b"), Path("mine.toml"))
+    for profile, flag in (("h100-7b", "h100-7b"), ("mine.toml", str(tmp_path / "mine.toml"))):
+        emulating = Emulating(profile=profile)
+        emulating.check()
+        plan = emulating.apply(ClusterPlan(model=tmp_path, run_directory=tmp_path))
+        for flags in (plan.decode_flags, plan.rescheduler_flags):
+            assert flags == ("--profile", flag)
+    assert Emulating().apply(plan) == plan
+    with pytest.raises(typer.BadParameter, match="no profile 'abacus'"):
+        Emulating(profile="abacus").check()
 
 
 @pytest.mark.fast

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.decode.config import MAX_MIGRATIONS, DecodeSettings, EvacuationConfig, PredictorConfig
+from starmesh.profiles import load_profile
 
 pytestmark = pytest.mark.fast
 
@@ -18,6 +19,10 @@ def test_an_evacuation_moves_as_many_at_a_time_as_the_instance_may() -> None:
     assert settings().evacuation.rescheduling.max_in_flight_per_source == MAX_MIGRATIONS
     decided = settings("--max-outgoing-migrations", "7")
     assert decided.evacuation.rescheduling.max_in_flight_per_source == decided.migrator.max_outgoing == 7
+
+
+def test_an_evacuation_reckons_with_the_profile() -> None:
+    assert settings("--profile", "h100-7b").evacuation.rescheduling.cost == load_profile("h100-7b").cost
 
 
 def test_an_instance_that_asks_no_predictor_keeps_no_hidden_states() -> None:
