@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from starmesh.cli import local_commands, profile_command, router_commands, simulate_command
+from starmesh.cli import compare_command, local_commands, profile_command, router_commands, simulate_command
 from starmesh.cli.predictor_commands import predictor_app
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ for command in (
     router_commands.drain,
     router_commands.migrate,
     router_commands.bench,
-    local_commands.compare,
+    compare_command.compare,
     local_commands.demo,
     profile_command.profile,
     simulate_command.simulate,

@@ -17,6 +17,11 @@ from starmesh.cli.run import fail
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
+DispatchPolicy = Literal[
+    "round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load", "predicted_peak"
+]
+ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
+
 Model = Annotated[str, typer.Option(metavar="NAME|DIR", help="Default model, hub id (org/name) or directory.")]
 Prefill = Annotated[int, typer.Option(min=1, help="Prefill instances.")]
 Decode = Annotated[int, typer.Option(min=1, help="Decode instances.")]

@@ -24,8 +24,8 @@ from services.router.config import RouterSettings
 from starmesh.cli.app import app
 from starmesh.cli.bench import read_prompts
 from starmesh.cli.local_cluster import ClusterPlan
-from starmesh.cli.local_commands import DispatchPolicy, up
-from starmesh.cli.local_options import ONLINE_PREDICTOR, Predicting
+from starmesh.cli.local_commands import up
+from starmesh.cli.local_options import ONLINE_PREDICTOR, DispatchPolicy, Predicting
 from starmesh.cli.options import Asking
 from starmesh.cli.predictor_commands import collect
 from starmesh.cli.run import CliError, explain
