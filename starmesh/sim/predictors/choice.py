@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from starmesh.sim.predictors.measured import MeasuredPredictor
 from starmesh.sim.predictors.oracle import Oracle
+from starmesh.sim.predictors.paper import PaperPredictor
 from starmesh.sim.predictors.predictor import SimulatedPredictor
 from starmesh.sim.workload import WorkloadError
 
-PREDICTORS: Final = ("none", "oracle")
-"""None, and exact."""
+PREDICTORS: Final = ("none", "measured", "paper", "oracle")
+"""Without predictions, with those of our trained predictor, with such as the paper reports, with exact ones."""
 
 
 def make_predictor(name: str, *, seed: int, cap_tokens: int) -> SimulatedPredictor | None:
@@ -21,6 +23,10 @@ def make_predictor(name: str, *, seed: int, cap_tokens: int) -> SimulatedPredict
     match name:
         case "none":
             return None
+        case "measured":
+            return SimulatedPredictor(MeasuredPredictor(seed=seed, cap_tokens=cap_tokens))
+        case "paper":
+            return SimulatedPredictor(PaperPredictor(seed=seed, cap_tokens=cap_tokens))
         case "oracle":
             return SimulatedPredictor(Oracle())
         case _:

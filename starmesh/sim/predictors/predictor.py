@@ -16,15 +16,20 @@ from starmesh.types import RemainingEstimate
 
 Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 
 EVERY_TOKENS: Final = 20
 """Output tokens from one answer to the next: the live default, and the paper's rhythm of training samples."""
+
+PIECE: Final = 2048
 
 
 class ErrorModel(Protocol):
     """What a predictor would answer, knowing the truth."""
 
-    def answers(self, keys: Integers, output_tokens: Integers, remaining: Integers) -> tuple[Numbers, Numbers]:
+    def answers(
+        self, keys: Integers, output_tokens: Integers, remaining: Integers
+    ) -> tuple[Numbers | Singles, Numbers | Singles]:
         """The median and the 0.9 quantile of the tokens to come, for requests of which ``remaining`` really are to
         come; all [n]. ``keys`` tell requests apart; the same one gets the same answer at the same place. Bounding
         and rounding are the caller's."""
@@ -43,7 +48,7 @@ class SimulatedPredictor:
         """What load reports say of running sequences, [n] each: median and 0.9 quantile of the tokens still to come
         (at least 0, as live, and within the limit), and the tokens since that was predicted."""
         age = output_tokens % EVERY_TOKENS
-        median, upper = self._predict(keys, output_tokens - age, total_output_tokens, limits)
+        median, upper = self._predict_all(keys, output_tokens - age, total_output_tokens, limits)
         return np.maximum(median - age, 0), np.maximum(upper - age, 0), age
 
     def estimate(self, key: int, request: SimulatedRequest, output_tokens: int) -> RemainingEstimate:
@@ -51,6 +56,17 @@ class SimulatedPredictor:
         columns = (key, output_tokens, request.output_tokens, request.max_output_tokens)
         median, upper = self._predict(*(np.array([value], dtype=np.int64) for value in columns))
         return RemainingEstimate(output_tokens, int(median[0]), int(upper[0]))
+
+    def _predict_all(self, *columns: Integers) -> tuple[Integers, Integers]:
+        """In pieces that fit the processor's caches: half the time for ten thousand sequences."""
+        count = len(columns[0])
+        if count <= PIECE:
+            return self._predict(*columns)
+        pieces = [
+            self._predict(*(column[begin : begin + PIECE] for column in columns)) for begin in range(0, count, PIECE)
+        ]
+        medians, uppers = zip(*pieces, strict=True)
+        return np.concatenate(medians), np.concatenate(uppers)
 
     def _predict(
         self, keys: Integers, output_tokens: Integers, total_output_tokens: Integers, limits: Integers

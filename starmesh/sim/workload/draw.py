@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 
 from starmesh.sim.workload.arrivals import draw_arrivals
-from starmesh.sim.workload.lengths import LENGTH_MODELS, LengthDraws
-from starmesh.sim.workload.request import TRACE, SimulatedRequest, WorkloadConfig, WorkloadError
+from starmesh.sim.workload.lengths import LengthDraws
+from starmesh.sim.workload.request import TRACE, SimulatedRequest, WorkloadConfig
 from starmesh.sim.workload.trace import read_trace, trace_arrivals
 from starmesh.sim.workload.trace_formats import TraceRow
 
@@ -26,10 +26,8 @@ MOST_ID_CHARACTERS: Final = 64
 def draw_requests(config: WorkloadConfig, *, seed: int) -> Iterator[SimulatedRequest]:
     """The requests of ``config`` in the order in which they arrive.
 
-    Raises WorkloadError at once for an unknown length model, and while reading for a trace that cannot be read.
+    Raises WorkloadError, while reading, for a trace that cannot be read.
     """
-    if config.lengths != TRACE and config.lengths not in LENGTH_MODELS:
-        raise WorkloadError(f"length models are {', '.join(LENGTH_MODELS)} and {TRACE}, not {config.lengths!r}")
     rows: tuple[Iterator[TraceRow], ...] = ()
     if TRACE in (config.arrivals, config.lengths):
         assert config.trace_path is not None  # WorkloadConfig demands it

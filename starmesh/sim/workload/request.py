@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from starmesh.sim.workload.lengths import LENGTH_MODELS
+
 TRACE: Final = "trace"
 """Arrivals or lengths that are read from ``WorkloadConfig.trace_path``."""
 
@@ -64,6 +66,8 @@ class WorkloadConfig:
             raise WorkloadError(f"a workload has at least one request, not {self.requests}")
         if self.arrivals not in ARRIVALS:
             raise WorkloadError(f"arrivals are {', '.join(ARRIVALS)}, not {self.arrivals!r}")
+        if self.lengths not in (*LENGTH_MODELS, TRACE):
+            raise WorkloadError(f"length models are {', '.join(LENGTH_MODELS)} and {TRACE}, not {self.lengths!r}")
         if self.rate is None and self.arrivals != TRACE:
             raise WorkloadError(f"{self.arrivals} arrivals need a rate, in requests per second")
         for name in ("rate", "variation", "output_scale"):
@@ -75,3 +79,12 @@ class WorkloadConfig:
                 raise WorkloadError(f"{name} is 1 to {MOST_TOKENS}, not {getattr(self, name)}")
         if self.trace_path is None and TRACE in (self.arrivals, self.lengths):
             raise WorkloadError("arrivals or lengths from a trace need its file: set trace_path")
+
+    @property
+    def longest_output_tokens(self) -> int:
+        """What no output exceeds: the limit, or less where the length model ends before it. A predictor that learned
+        from such outputs has seen none longer."""
+        model = LENGTH_MODELS.get(self.lengths)
+        if model is None:
+            return self.max_output_tokens
+        return max(1, min(self.max_output_tokens, round(model.cap_tokens * self.output_scale)))
