@@ -13,6 +13,8 @@ from starmesh.types import KvLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_CHOSEN = "chosen for this run"
+
 
 class ProfileError(ValueError):
     """A profile that is unknown or cannot be; the message says what to do."""
@@ -106,6 +108,3 @@ class Profile:
             ),
             provenance={**self.provenance, **{name: chosen + self.provenance.get(name, "?") for name in names}},
         )
-
-
-_CHOSEN = "chosen for this run"

@@ -47,10 +47,9 @@ def measure(profile: Profile, *, budget_s: float, noise: float = 0.0) -> tuple[M
     return steps, parts
 
 
-# Where all KV memory is 2 M tokens the contexts would be large for a fast test.
-@pytest.mark.parametrize("name", [name for name in profile_names() if not name.endswith("-7b")])
+@pytest.mark.parametrize("name", profile_names())
 def test_the_costs_of_a_profile_are_found(name: str) -> None:
-    profile = load_profile(name).with_memory(20_000)
+    profile = load_profile(name).with_memory(20_000)  # all of it would take long contexts, and long to test
     steps, parts = measure(profile, budget_s=0.1)
     cost = profile.cost
     assert fit_steps(steps.times).costs == pytest.approx(

@@ -78,10 +78,11 @@ def measure_profile(settings: MeasureSettings, *, name: str, command: str, on_pr
         raise MeasuringFailed(str(error)) from error
     on_progress("transfers between two processes", 0.0)
     pulls = asyncio.run(measure_pulls(executor.layout))
-    # Pages that nobody has written are one page of zeros, which any cache holds.
-    zeros = bytes(executor.layout.block_bytes)
-    for block_id in range(executor.total_blocks):
-        executor.memory.write_block(block_id, 0, zeros)
+    if settings.device == "cpu":
+        # Pages that nobody has written are one page of zeros, which any cache holds.
+        zeros = bytes(executor.layout.block_bytes)
+        for block_id in range(executor.total_blocks):
+            executor.memory.write_block(block_id, 0, zeros)
     clock = WallClock()
     core = EngineCore(
         executor,
