@@ -45,7 +45,7 @@ def run_simulation(config: SimulationConfig, *, progress: Callable[[Progress], N
     loop = EventLoop()
     measurements = Measurements(config)
     predictor = make_predictor(
-        config.strategy.predictor, seed=config.seed, cap_tokens=config.workload.max_output_tokens
+        config.strategy.predictor, seed=config.seed, cap_tokens=config.workload.longest_output_tokens
     )
     cluster = Cluster(loop, config, predictor, measurements)
     arrivals = _Arrivals(loop, cluster, draw_requests(config.workload, seed=config.seed))
