@@ -136,7 +136,8 @@ _CAUSES: Final = {
 
 def begin(terms: Terms, limits: Limits, *, blocks: int, now_s: float) -> tuple[SourceEnd, tuple[SourceEffect, ...]]:
     """Begin to move a running sequence that has ``blocks`` blocks now."""
-    end = SourceEnd(terms=terms, limits=limits, reserved_blocks=blocks + limits.headroom_blocks)
+    headroom_blocks = limits.headroom_blocks + int(blocks * limits.headroom_share)
+    end = SourceEnd(terms=terms, limits=limits, reserved_blocks=blocks + headroom_blocks)
     return end, (Reserve.of(end, end, None, now_s), StartTimer.of(end, end, None, now_s))
 
 

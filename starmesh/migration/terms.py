@@ -81,7 +81,9 @@ class Limits:
     ``tail_blocks``: a copy round begins only while more full blocks than this are left. They and the block in progress
     move while the sequence stands still, so this is the gap that clients see; 2 is some 5 ms at 1 GB/s for the default
     model, less than a step. ``max_rounds`` ends the chase of a sequence that grows faster than it is copied.
-    ``headroom_blocks`` are reserved beyond what the sequence has at first: growth until the commit.
+    ``headroom_blocks``, and ``headroom_share`` of its own blocks, are reserved beyond what the sequence has at first:
+    growth until the commit. The share is for long sequences over slow links, whose copies take long: 1/32 of 32,768
+    tokens are 1,024, some 20 s of decoding.
 
     Seconds: ``reserve_s``, ``round_s``, ``freeze_s`` and ``commit_s`` bound the source's waits for one answer,
     ``take_back_s`` its whole attempt to learn from the ledger what became of a commit. ``idle_s`` bounds the target's
@@ -92,6 +94,7 @@ class Limits:
     tail_blocks: int = 2
     max_rounds: int = 8
     headroom_blocks: int = 4
+    headroom_share: float = 1 / 32
     reserve_s: float = 2.0
     round_s: float = 30.0
     freeze_s: float = 5.0
@@ -103,8 +106,10 @@ class Limits:
     pause_s: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.tail_blocks < 0 or self.max_rounds < 0 or self.headroom_blocks < 1:
-            raise ValueError(f"tail_blocks and max_rounds are at least 0, headroom_blocks at least 1, not {self}")
+        if min(self.tail_blocks, self.max_rounds, self.headroom_share) < 0 or self.headroom_blocks < 1:
+            raise ValueError(
+                f"tail_blocks, max_rounds and headroom_share are at least 0, headroom_blocks at least 1, not {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

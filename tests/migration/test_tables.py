@@ -268,6 +268,14 @@ def test_a_router_that_came_early_is_served_at_the_commit() -> None:
     assert te.ServeRouter() in effects
 
 
+@pytest.mark.parametrize(("blocks", "reserved"), [(1, 5), (31, 35), (64, 70), (2048, 2116)])
+def test_a_long_sequence_reserves_more_headroom_for_its_longer_copy(blocks: int, reserved: int) -> None:
+    end, _ = source.begin(TERMS, LIMITS, blocks=blocks, now_s=NOW_S)
+    assert end.reserved_blocks == reserved
+
+
 def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="headroom_share"):
+        Limits(headroom_share=-0.1)
     with pytest.raises(ValueError, match="headroom_blocks"):
         Limits(headroom_blocks=0)
