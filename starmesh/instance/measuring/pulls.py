@@ -24,11 +24,13 @@ from starmesh.types import KvLayout, KvTicket, TransferBackend
 from starmesh.v1 import transfer_pb2_grpc
 
 TARGET_BYTES = 48 << 20
-"""The larger of the two pulls."""
+"""The larger of the two pulls, if so few blocks are that large."""
+
+MAX_BLOCKS = 1024
 
 ROUNDS = 8
-TIMEOUT_S = 30.0
-_LEASE_S = 60.0
+TIMEOUT_S = 60.0
+_LEASE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class MeasuredPulls:
 
 
 async def measure_pulls(layout: KvLayout, *, rounds: int = ROUNDS) -> MeasuredPulls:
-    """Pull one block and as many as make ``TARGET_BYTES`` in turn. Raises MeasuringFailed."""
-    blocks = max(2, TARGET_BYTES // layout.block_bytes)
+    """Pull one block and some ``TARGET_BYTES`` of them in turn. Raises MeasuringFailed."""
+    blocks = min(max(2, TARGET_BYTES // layout.block_bytes), MAX_BLOCKS)
     holder = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "starmesh.instance.measuring.pulls", json.dumps(asdict(layout)), str(blocks),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
