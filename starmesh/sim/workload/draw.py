@@ -28,16 +28,20 @@ def draw_requests(config: WorkloadConfig, *, seed: int) -> Iterator[SimulatedReq
 
     Raises WorkloadError, while reading, for a trace that cannot be read.
     """
-    rows: tuple[Iterator[TraceRow], ...] = ()
-    if TRACE in (config.arrivals, config.lengths):
-        assert config.trace_path is not None  # WorkloadConfig demands it
-        rows = itertools.tee(read_trace(config.trace_path, format_name=config.trace_format))
-    times = trace_arrivals(rows[0], config) if config.arrivals == TRACE else draw_arrivals(config, seed=seed)
-    lengths = rows[1] if config.lengths == TRACE else _drawn(config, seed)
+    timed = sized = _trace(config) if TRACE in (config.arrivals, config.lengths) else iter(())
+    if config.arrivals == config.lengths == TRACE:
+        timed, sized = itertools.tee(timed)  # read in step below: neither gets ahead of the other
+    times = trace_arrivals(timed, config) if config.arrivals == TRACE else draw_arrivals(config, seed=seed)
+    lengths = sized if config.lengths == TRACE else _drawn(config, seed)
     return (
         _request(number, arrives_s, row, config)
         for number, (arrives_s, row) in enumerate(itertools.islice(zip(times, lengths, strict=False), config.requests))
     )
+
+
+def _trace(config: WorkloadConfig) -> Iterator[TraceRow]:
+    assert config.trace_path is not None  # WorkloadConfig demands it
+    return read_trace(config.trace_path, format_name=config.trace_format)
 
 
 def _drawn(config: WorkloadConfig, seed: int) -> Iterator[TraceRow]:
