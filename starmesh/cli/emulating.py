@@ -46,6 +46,8 @@ _REPORT_INTERVAL_S: Final = 0.25  # every service's
 _VIEW_INTERVAL_S: Final = 0.2  # the router's
 # Reports, views and rounds cost the laptop's time, not the hardware's.
 _SHORTEST_INTERVAL_S: Final = 0.05
+# However slowly time passes: several reports within a lease, and before dispatch takes one for stale.
+_LONGEST_REPORT_INTERVAL_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,9 @@ class Emulating:
         """An interval of the hardware's time on the wall clock, as far as this machine can afford it."""
         return max(min(seconds, _SHORTEST_INTERVAL_S), seconds / self.speed) if self.on else seconds
 
+    def _report_interval_s(self, seconds: float) -> float:
+        return min(self.interval_s(seconds), _LONGEST_REPORT_INTERVAL_S)
+
     def apply(self, plan: ClusterPlan) -> ClusterPlan:
         """The plan with instances that emulate, where they are to; its other flags for them go. Where they are not, a
         profile is what costs are reckoned by."""
@@ -113,6 +118,7 @@ class Emulating:
                 "--cool-down-s": default.cool_down_s / speed,
                 "--failure-cool-down-s": default.failure_cool_down_s / speed,
                 "--settle-s": default.settle_s / speed,
+                "--stale-after-s": default.stale_after_s / min(speed, 1.0),
             }
         )
         return dataclasses.replace(
@@ -124,7 +130,10 @@ class Emulating:
             router_flags=(
                 *(*plan.router_flags, *own),
                 *flags(
-                    {"--output-lengths": self.output_lengths, "--view-interval-s": self.interval_s(_VIEW_INTERVAL_S)}
+                    {
+                        "--output-lengths": self.output_lengths,
+                        "--view-interval-s": self._report_interval_s(_VIEW_INTERVAL_S),
+                    }
                 ),
             ),
             rescheduler_flags=(
@@ -133,6 +142,6 @@ class Emulating:
             ),
             shared_flags=(
                 *plan.shared_flags,
-                *flags({"--report-interval-s": self.interval_s(_REPORT_INTERVAL_S)}),
+                *flags({"--report-interval-s": self._report_interval_s(_REPORT_INTERVAL_S)}),
             ),
         )

@@ -48,6 +48,9 @@ def test_times_of_the_hardware_pass_with_it(tmp_path: Path) -> None:
     assert float(fast["rescheduler"]["--round-interval-s"]) == 0.1
     assert float(slow["rescheduler"]["--cool-down-s"]) == 20 * float(fast["rescheduler"]["--cool-down-s"])
     assert float(fast["decode"]["--report-interval-s"]) == 0.05, "no more than this machine can afford"
+    crawling = flags_of(Emulating(engine="emulated", profile="h100-7b", speed=0.01).apply(plan))
+    assert float(crawling["decode"]["--report-interval-s"]) == 1.0, "or its lease would run out"
+    assert float(crawling["rescheduler"]["--stale-after-s"]) > 2.0
 
 
 def test_a_model_s_cluster_is_left_as_it_is(tmp_path: Path) -> None:
