@@ -21,6 +21,7 @@ from starmesh.sequence_loads import SequenceLoads
 from starmesh.sim.config import Fault, FaultKind, SimulationConfig
 from starmesh.sim.evacuations import Evacuations
 from starmesh.sim.events import EventLoop
+from starmesh.sim.expectations import Expectations
 from starmesh.sim.handoff import Handoffs
 from starmesh.sim.instance import SimulatedInstance
 from starmesh.sim.measurements import Measurements
@@ -54,6 +55,7 @@ class Cluster:
         self._config = config
         self._profile = _shared(config) if config.strategy.perfect_balance else config.profile
         self._measurements = measurements
+        self._predictor = predictor
         self._total_tokens: dict[str, int] = {}
         self._token_times = TokenTimes()
         self._streams = 0
@@ -208,6 +210,8 @@ class Cluster:
         self.views.add(instance)
         if role is Role.DECODE:
             self.evacuations.add(instance)
+            if self._predictor is not None:
+                instance.core.expect(Expectations(self.loop, instance.core, self._predictor, facts_of=self._facts_of))
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind is FaultKind.JOIN:

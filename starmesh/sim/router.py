@@ -55,6 +55,7 @@ class Flight:
     estimate: RemainingEstimate | None = None
     handoff: Handoff | None = None
     lease_ends_s: float = 0.0
+    first_s: float | None = None
 
     @property
     def started(self) -> bool:
@@ -204,7 +205,10 @@ class Router:
     def _place(self, flight: Flight) -> bool:
         """Dispatch and begin the prefill. Returns False when there is no place now."""
         policy = POLICIES[self.config.strategy.dispatch]
-        request = DispatchRequest(flight.request.request_id, flight.need, flight.avoid)
+        # Only the first of those that wait comes here.
+        flight.first_s = self.loop.now_s if flight.first_s is None else flight.first_s
+        held_s = self.loop.now_s - flight.first_s
+        request = DispatchRequest(flight.request.request_id, flight.need, flight.avoid, held_s=held_s)
         decision, self._memory = policy.choose(self.views.of(_BOTH), request, self._memory, self._dispatch)
         if decision.decode is None or decision.prefill is None:
             if decision.reason is NoPlacement.TOO_LONG and not flight.started:
@@ -213,7 +217,7 @@ class Router:
             flight.avoid = frozenset()
             return False
         flight.prefill_id, flight.decode_id = decision.prefill.instance_id, decision.decode.instance_id
-        flight.decoding = False
+        flight.decoding, flight.first_s = False, None
         request_id = flight.request.request_id
         self.views.place(request_id, flight.decode_id, decision.decode.reserve_tokens)
         self.views.place(request_id, flight.prefill_id, decision.prefill.reserve_tokens)
