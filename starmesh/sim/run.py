@@ -36,14 +36,20 @@ class Progress:
     requests: int
 
 
-def run_simulation(config: SimulationConfig, *, progress: Callable[[Progress], None] | None = None) -> SimulationResult:
+def run_simulation(
+    config: SimulationConfig,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    measurements: Measurements | None = None,
+) -> SimulationResult:
     """Run ``config`` until its last request is over. The same config gives the same result, but for ``wall_s``.
+    ``measurements`` is for those who want to hear of more than the result holds.
 
     Raises ProfileError, or another ValueError, for a config that cannot be, and Stuck.
     """
     started_s = time.perf_counter()
     loop = EventLoop()
-    measurements = Measurements(config)
+    measurements = measurements or Measurements(config)
     predictor = make_predictor(
         config.strategy.predictor, seed=config.seed, cap_tokens=config.workload.longest_output_tokens
     )
