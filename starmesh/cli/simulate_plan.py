@@ -1,0 +1,237 @@
+"""What ``starmesh simulate`` is asked for, as the configurations to run.
+
+Owns how options are read and what stands in for those not given. Owns no running (``simulate_run``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from starmesh.cli.run import CliError
+from starmesh.profiles import Profile, load_profile
+from starmesh.sim.config import Fault, FaultKind, SimulationConfig, Slo, Strategy
+from starmesh.sim.saturation import Saturation, estimate
+from starmesh.sim.strategies import STRATEGIES
+from starmesh.sim.workload import SimulatedRequest, WorkloadConfig, draw_requests
+from starmesh.types import Role
+
+TRACE: Final = "trace"
+LOADS: Final = (0.5, 0.75, 0.95)
+"""Parts of the estimated saturation that are tried when no rate is given."""
+
+WARM_UP: Final = 0.4
+MEASURED: Final = 0.4
+"""Parts of the time during which requests arrive: first the cluster fills, then it is measured, then it goes on: what
+was measured ends under load too."""
+
+LONGEST: Final = 2.5
+"""How many times the longest request's duration requests arrive, if nothing is said: then the cluster is filled, with
+requests of all ages, after ``WARM_UP`` of it."""
+
+_SAMPLE: Final = 4096
+_MOST_TRACE: Final = 10_000_000
+_UNITS: Final = {"": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateOptions:
+    """The options, as they were given; None and empty for those that were not."""
+
+    compare: str
+    profile: str
+    decode: int
+    prefill: int | None = None
+    trace: Path | None = None
+    lengths: str | None = None
+    arrivals: str | None = None
+    variation: float = 1.0
+    max_output_tokens: int | None = None
+    output_scale: float = 1.0
+    rates: str = ""
+    requests: int | None = None
+    duration: str = ""
+    warm_up: str = ""
+    seeds: int | None = None
+    round_interval: str = "1s"
+    kv_tokens: int | None = None
+    kv_memory_gb: float | None = None
+    link_gb_per_s: float | None = None
+    recompute_speed: float = 1.0
+    slos: Sequence[str] = ()
+    faults: Sequence[str] = ()
+    predictor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatePlan:
+    """The configurations, by strategy, rate and seed, and what was estimated on the way."""
+
+    configs: tuple[SimulationConfig, ...]
+    saturation_rate: float
+
+
+def make_plan(options: SimulateOptions) -> SimulatePlan:
+    """Raises CliError for what cannot be; also ProfileError and WorkloadError, whose messages say what to do."""
+    profile = _profile(options)
+    strategies = _strategies(options)
+    seeds = options.seeds
+    workload = _workload(options)
+    sample = list(itertools.islice(draw_requests(workload, seed=0), _SAMPLE))
+    if not sample:
+        raise CliError(f"{options.trace} holds no request that generated anything; name another with --trace")
+    saturation = estimate(profile, sample)
+    prefill = options.prefill or saturation.prefill_instances(options.decode)
+    saturated = saturation.rate(prefill_instances=prefill, decode_instances=options.decode)
+    rates = _rates(options, saturated)
+    if seeds is None:
+        # A trace as it is differs between seeds by noise and predictions only.
+        seeds = 1 if rates == (None,) else 3
+    configs = []
+    sizes = {rate: _sized(options, dataclasses.replace(workload, rate=rate), saturation) for rate in rates}
+    for strategy, rate, seed in itertools.product(strategies, rates, range(seeds)):
+        sized, warm_up_s, until_s = sizes[rate]
+        configs.append(
+            SimulationConfig(
+                profile=profile,
+                strategy=strategy,
+                workload=sized,
+                prefill_instances=prefill,
+                decode_instances=options.decode,
+                seed=seed,
+                warm_up_s=warm_up_s,
+                measure_until_s=until_s,
+                round_interval_s=seconds(options.round_interval, "--round-interval"),
+                slos=tuple(map(read_slo, options.slos)) or (Slo(2.0, 0.05), Slo(5.0, 0.1)),
+                faults=tuple(map(read_fault, options.faults)),
+            )
+        )
+    return SimulatePlan(tuple(configs), saturated)
+
+
+def seconds(text: str, option: str) -> float:
+    """A duration: "90", "90s", "1.5m", "50ms", "2h". Raises CliError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text)
+    if match is None or match[2] not in _UNITS:
+        raise CliError(f"{option}: {text!r} is no duration; write 90s, 1.5m, 2h or 50ms")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def read_slo(text: str) -> Slo:
+    """ "ttft=2s,tpot=50ms". Raises CliError."""
+    given = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    if set(given) != {"ttft", "tpot"}:
+        raise CliError(f"--slo: {text!r} does not name both; write ttft=2s,tpot=50ms")
+    return Slo(ttft_s=seconds(given["ttft"], "--slo"), tpot_s=seconds(given["tpot"], "--slo"))
+
+
+def read_fault(text: str) -> Fault:
+    """ "120s:die:decode-3". Raises CliError."""
+    at, _, rest = text.partition(":")
+    kind, _, instance_id = rest.partition(":")
+    kinds = [member.value for member in FaultKind]
+    if kind not in kinds or not instance_id:
+        raise CliError(f"--fault: {text!r} is none; write WHEN:{'|'.join(kinds)}:INSTANCE, such as 120s:die:decode-3")
+    role = Role.PREFILL if instance_id.startswith(Role.PREFILL.value) else Role.DECODE
+    return Fault(seconds(at, "--fault"), FaultKind(kind), instance_id, role)
+
+
+def _profile(options: SimulateOptions) -> Profile:
+    profile = load_profile(options.profile)
+    if options.kv_tokens is not None and options.kv_memory_gb is not None:
+        raise CliError("--kv-tokens and --kv-memory-gb say the same; leave one out")
+    kv_tokens = options.kv_tokens
+    if options.kv_memory_gb is not None:
+        kv_tokens = int(options.kv_memory_gb * 1e9 / profile.layout.token_bytes)
+    if kv_tokens is not None:
+        profile = profile.with_memory(kv_tokens)
+    if options.link_gb_per_s is not None:
+        profile = profile.with_link(bytes_per_s=options.link_gb_per_s * 1e9)
+    if options.recompute_speed != 1.0:
+        profile = profile.with_recompute_speed(options.recompute_speed)
+    return profile
+
+
+def _strategies(options: SimulateOptions) -> list[Strategy]:
+    names = [name.strip() for name in options.compare.split(",") if name.strip()]
+    for name in names:
+        if name not in STRATEGIES:
+            raise CliError(f"--compare: {name!r} is none of {', '.join(STRATEGIES)}")
+    if not names:
+        raise CliError(f"--compare names at least one of {', '.join(STRATEGIES)}")
+    chosen = [STRATEGIES[name] for name in dict.fromkeys(names)]
+    if options.predictor:
+        # One that asks no predictor would not know what to do with it.
+        chosen = [
+            strategy if strategy.predictor == "none" else dataclasses.replace(strategy, predictor=options.predictor)
+            for strategy in chosen
+        ]
+    return chosen
+
+
+def _workload(options: SimulateOptions) -> WorkloadConfig:
+    """All but how many requests and how fast."""
+    traced = options.trace is not None
+    arrivals = options.arrivals or (TRACE if traced else "gamma" if options.variation != 1.0 else "poisson")
+    workload = WorkloadConfig(
+        requests=_MOST_TRACE,
+        rate=None if arrivals == TRACE else 1.0,
+        arrivals=arrivals,
+        variation=options.variation,
+        lengths=options.lengths or (TRACE if traced else "reasoning"),
+        output_scale=options.output_scale,
+        trace_path=str(options.trace) if options.trace is not None else None,
+    )
+    if options.max_output_tokens is None:
+        return workload
+    return dataclasses.replace(workload, max_output_tokens=options.max_output_tokens)
+
+
+def _rates(options: SimulateOptions, saturated: float) -> tuple[float | None, ...]:
+    if options.rates:
+        try:
+            rates = tuple(dict.fromkeys(float(rate) for rate in options.rates.split(",")))
+        except ValueError:
+            rates = ()
+        if not rates or min(rates) <= 0 or not math.isfinite(max(rates)):
+            raise CliError(f"--rates: {options.rates!r} are no numbers above 0; write 1,2,4")
+        return rates
+    if options.trace is not None and options.arrivals in (None, TRACE):
+        return (None,)
+    return tuple(float(f"{part * saturated:.2g}") for part in LOADS)
+
+
+def _sized(
+    options: SimulateOptions, workload: WorkloadConfig, saturation: Saturation
+) -> tuple[WorkloadConfig, float, float | None]:
+    """The workload with as many requests as it is to have, from when on they are measured, and until when."""
+    duration_s = seconds(options.duration, "--duration") if options.duration else None
+    warm_up_s = seconds(options.warm_up, "--warm-up") if options.warm_up else None
+    if workload.rate is None or (workload.arrivals == TRACE and options.requests is None and duration_s is None):
+        # A trace is measured whole, unless told otherwise.
+        count = options.requests or _MOST_TRACE
+        drawn = itertools.islice(draw_requests(workload, seed=0), count)
+        found = sum(1 for _ in _before(drawn, duration_s))
+        return dataclasses.replace(workload, requests=max(1, found)), warm_up_s or 0.0, None
+    if options.requests is not None:
+        requests, duration_s = options.requests, options.requests / workload.rate
+    else:
+        if duration_s is None:
+            duration_s = LONGEST * saturation.longest_s
+        requests = max(1, math.ceil(duration_s * workload.rate))
+    if warm_up_s is not None:
+        return dataclasses.replace(workload, requests=requests), warm_up_s, None
+    until_s = (WARM_UP + MEASURED) * duration_s
+    return dataclasses.replace(workload, requests=requests), WARM_UP * duration_s, until_s
+
+
+def _before(requests: Iterator[SimulatedRequest], end_s: float | None) -> Iterator[SimulatedRequest]:
+    if end_s is None:
+        return requests
+    return itertools.takewhile(lambda request: request.arrives_s <= end_s, requests)

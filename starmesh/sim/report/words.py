@@ -1,0 +1,183 @@
+"""What a comparison comes to, in sentences: which strategy is best and by how much, and where it makes no difference.
+
+Owns the words and what counts as a difference. Says nothing that the table does not show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from starmesh.sim.config import Slo
+from starmesh.sim.report.intervals import Interval
+from starmesh.sim.report.summary import METRICS, Cell, Metric, Summary, goodput_metric, share_metric, slo_text
+
+SAME: Final = 0.01
+"""A smaller change than this is called none, whatever its interval."""
+
+ENOUGH: Final = 0.95
+"""The part of the requests that must meet an SLO for a load to count as carried."""
+
+
+def conclusions(summary: Summary) -> list[str]:
+    """Some sentences, the most important first; of strategies that move running requests against the best of those
+    that place a request once, or of all against each other where there is only one kind."""
+    baseline, contenders = _sides(summary)
+    said = [_carried(summary, slo) for slo in summary.slos]
+    for contender in contenders:
+        said.extend(_against(summary, contender, baseline))
+    said.extend(_warnings(summary))
+    return [sentence for sentence in said if sentence]
+
+
+def is_static(cell: Cell) -> bool:
+    """Whether a request stays where it was placed."""
+    strategy = cell.results[0].config.strategy
+    return strategy.rescheduling == "none" and not strategy.perfect_balance
+
+
+def is_bound(cell: Cell) -> bool:
+    """Whether it is no policy, but what none can pass."""
+    return cell.results[0].config.strategy.perfect_balance
+
+
+def _sides(summary: Summary) -> tuple[str, list[str]]:
+    """The baseline, and the policies to be told of against it."""
+    first = {name: summary.line(name)[0] for name in summary.strategies}
+    policies = [name for name in summary.strategies if not is_bound(first[name])]
+    static = [name for name in policies if is_static(first[name])]
+    moving = [name for name in policies if name not in static]
+    if not policies:
+        return summary.strategies[0], []
+    baseline = _best(summary, static or policies)
+    if static and moving:
+        return baseline, moving
+    return baseline, [name for name in policies if name != baseline]
+
+
+def _best(summary: Summary, names: Sequence[str]) -> str:
+    """Most goodput under all SLOs and at all loads together; then the lowest P99 TPOT; then the first."""
+
+    def rank(name: str) -> tuple[float, float]:
+        cells = summary.line(name)
+        goodput = math.fsum(_number(cell.of(goodput_metric(slo)).mean) for cell in cells for slo in summary.slos)
+        return -round(goodput, 6), math.fsum(_number(cell.of(METRICS["tpot_p99"]).mean) for cell in cells)
+
+    return min(names, key=rank)
+
+
+def _carried(summary: Summary, slo: Slo) -> str:
+    """Which load each strategy carries within an SLO."""
+    known = [load for load in summary.loads if load is not None]
+    if not known:
+        shares = [
+            f"{name} {_share(_number(cell.of(share_metric(slo)).mean))}"
+            for name in summary.strategies
+            if (cell := summary.cell(name, None)) is not None
+        ]
+        return f"Within {slo_text(slo)}: {', '.join(shares)} of the requests."
+    most: dict[str, float | None] = {}
+    for name in summary.strategies:
+        carried = None
+        for load in known:
+            cell = summary.cell(name, load)
+            if cell is None or _number(cell.of(share_metric(slo)).mean) < ENOUGH:
+                break
+            carried = load
+        most[name] = carried
+    bounds = {name: load for name, load in most.items() if is_bound(summary.line(name)[0])}
+    policies = {name: load for name, load in most.items() if name not in bounds}
+    start = f"Within {slo_text(slo)} for {_share(ENOUGH)} of the requests, of the loads tried"
+    parts = [
+        f"{_list([name for name, load in policies.items() if load == carried])} "
+        + (f"not even {known[0]:g}/s" if carried is None else f"{carried:g}/s")
+        for carried in sorted(set(policies.values()), key=lambda load: -(load or 0.0))
+    ]
+    parts += [f"any policy at most what {name} does, {load or 0:g}/s" for name, load in bounds.items()]
+    return f"{start}: {'; '.join(parts)}."
+
+
+def _against(summary: Summary, contender: str, baseline: str) -> list[str]:
+    """What ``contender`` changes against ``baseline``, load by load."""
+    better: list[str] = []
+    worse: list[str] = []
+    same: list[str] = []
+    for load in summary.loads:
+        cell, other = summary.cell(contender, load), summary.cell(baseline, load)
+        if cell is None or other is None:
+            continue
+        changes = [
+            _change(cell, other, metric)
+            for metric in (METRICS["tpot_p99"], *(goodput_metric(slo) for slo in summary.slos))
+        ]
+        good = [text for direction, text in changes if direction > 0]
+        bad = [text for direction, text in changes if direction < 0]
+        lost, kept = (_number(each.of(METRICS["preemptions"]).mean) for each in (other, cell))
+        if lost >= 1 or kept >= 1:
+            (good if kept < lost else bad if kept > lost else []).append(f"preemptions {lost:,.0f} to {kept:,.0f}")
+        where = "as the trace is" if load is None else f"at {load:g}/s"
+        if good:
+            better.append(f"{where} {', '.join(good)}")
+        if bad:
+            worse.append(f"{where} {', '.join(bad)}")
+        if not good and not bad:
+            same.append(where)
+    said = []
+    if better:
+        said.append(f"{contender} is better than {baseline}: {'; '.join(better)}.")
+    if worse:
+        said.append(f"{contender} is worse than {baseline}: {'; '.join(worse)}.")
+    if same:
+        said.append(f"{contender} makes no difference to {baseline} {_list(same)}.")
+    return said
+
+
+def _change(cell: Cell, other: Cell, metric: Metric) -> tuple[int, str]:
+    """1 for better, -1 for worse, 0 for the same; and by how much."""
+    ratio = cell.ratio_to(other, metric)
+    if math.isnan(ratio.mean):
+        before, after = (_number(each.of(metric).mean) for each in (other, cell))
+        if before == after:
+            return 0, ""
+        text = f"{metric.label} {before * metric.scale:.{metric.digits}f} to {after * metric.scale:.{metric.digits}f}"
+        return (1 if (after > before) == bool(metric.more_is_better) else -1), f"{text} {metric.unit}"
+    change = Interval(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.count)
+    if abs(change.mean) < SAME or not change.excludes_zero:
+        return 0, ""
+    certainty = "" if math.isnan(change.low) else f" ({percent(change.low)} to {percent(change.high)})"
+    return (1 if (change.mean > 0) == bool(metric.more_is_better) else -1), (
+        f"{metric.label} {percent(change.mean)}{certainty}"
+    )
+
+
+def percent(change: float) -> str:
+    """A relative change for people; as a factor where a percentage would say little."""
+    return f"{change + 1:.2f}x" if change >= 1 else f"{change:+.1%}".replace("%", " %")
+
+
+def _warnings(summary: Summary) -> list[str]:
+    said = []
+    refused = [cell for name in summary.strategies for cell in summary.line(name) if cell.of(METRICS["refused"]).mean]
+    if refused:
+        names = [f"{cell.strategy}{'' if cell.load is None else f' at {cell.load:g}/s'}" for cell in refused]
+        said.append(f"Requests were refused or gave up waiting: {', '.join(names)}; latencies are of the others.")
+    versions = {result.code_version for result in summary.results}
+    if len(versions) > 1:
+        said.append("These results were made by different versions of the code; run them again to compare.")
+    if all(len(cell.results) == 1 for cell in summary.cells.values()):
+        said.append("One seed says nothing of chance: give --seeds 5 for intervals.")
+    return said
+
+
+def _share(part: float) -> str:
+    return f"{part * 100:.3g} %"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _number(value: float) -> float:
+    """NaN, of nothing measured, as 0."""
+    return 0.0 if math.isnan(value) else value
