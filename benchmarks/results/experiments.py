@@ -1,0 +1,198 @@
+"""What is simulated for docs/results.md. Owns the set-ups; runs nothing.
+
+Loads are requests per second for each decode instance. With the paper's mix an h100-7b instance, whose memory holds
+about 74 of its requests on average, is full at 0.245.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from starmesh.profiles import Profile, load_profile
+from starmesh.sim.config import SimulationConfig, Slo
+from starmesh.sim.strategies import STRATEGIES
+from starmesh.sim.workload import WorkloadConfig
+
+STRICT = Slo(ttft_s=2.0, tpot_s=0.03)
+LOOSE = Slo(ttft_s=10.0, tpot_s=0.05)
+"""Both are our choice: an h100-7b step takes 6 ms alone and 28 ms with all of its memory in use."""
+
+WARM_UP_S = 900.0
+"""A request of the mix decodes for up to 900 s: only then is the cluster as full as it will be."""
+
+MEASURED_S = 900.0
+"""How long measured requests arrive."""
+
+SHADOW_S = 600.0
+"""How long others arrive after them, so that the measured ones do not end in an emptying cluster."""
+
+STATIC = ("round_robin", "least_requests", "least_tokens")
+MOVING = ("llumnix", "current_load", "star", "star_plus", "star_plus_oracle")
+BOUND = "perfect_balance"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Runs whose lines are strategies and whose axis is ``axis``; ``place_of`` says where a run stands on it."""
+
+    name: str
+    title: str
+    axis: str
+    place_of: Callable[[SimulationConfig], float | None]
+    configs: tuple[SimulationConfig, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is run: seeds of an experiment by its decode instances, and a factor for simulated time."""
+
+    seeds: int = 5
+    seeds_large: int = 3
+    time: float = 1.0
+
+
+def rate_per_instance(config: SimulationConfig) -> float | None:
+    """The load of an instance."""
+    rate = config.workload.rate
+    return None if rate is None else round(rate / config.decode_instances, 6)
+
+
+def experiments(effort: Effort) -> tuple[Experiment, ...]:
+    """All of them, the cheap ones first."""
+    seeds = tuple(range(effort.seeds))
+    few = tuple(range(effort.seeds_large))
+    h100 = load_profile("h100-7b")
+
+    def runs(
+        names: Sequence[str],
+        rates: Sequence[float],
+        *,
+        decode: int = 3,
+        profile: Profile = h100,
+        seeds: Sequence[int] = seeds,
+        **changes: object,
+    ) -> Iterator[SimulationConfig]:
+        for rate in rates:
+            for name in names:
+                for seed in seeds:
+                    config = reasoning(name, decode=decode, rate=rate, profile=profile, seed=seed, time=effort.time)
+                    yield dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+    everyone = (*STATIC, *MOVING, BOUND)
+    some = ("least_tokens", "current_load", "star_plus", "star_plus_oracle")
+    return (
+        Experiment(
+            "load",
+            "1 prefill and 3 decode instances, from light load to past saturation",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs(everyone, (0.05, 0.15, 0.2, 0.24, 0.3))),
+        ),
+        Experiment(
+            "memory",
+            "KV memory of an instance, at a load that half of it would hold",
+            "thousand tokens of KV memory",
+            lambda config: round(config.profile.kv_tokens / 1000),
+            tuple(
+                config
+                for tokens in (120_000, 240_000, 480_000, 937_648)
+                for config in runs(
+                    (*some, BOUND), (0.24 * min(1.0, 1.1 * tokens / 937_648),), profile=h100.with_memory(tokens)
+                )
+            ),
+        ),
+        Experiment(
+            "interval",
+            "Seconds between rounds",
+            "seconds between rounds",
+            lambda config: config.round_interval_s,
+            tuple(
+                config
+                for interval_s in (0.1, 1.0, 10.0, 120.0)
+                for config in runs(some[1:], (0.22,), round_interval_s=interval_s)
+            ),
+        ),
+        Experiment(
+            "bandwidth",
+            "Bandwidth between instances",
+            "GB/s",
+            lambda config: config.profile.link.bytes_per_s / 1e9,
+            tuple(
+                config
+                for bytes_per_s in (0.125e9, 1.25e9, 12.5e9, 45e9)
+                for config in runs(some[1:], (0.22,), profile=h100.with_link(bytes_per_s=bytes_per_s))
+            ),
+        ),
+        Experiment(
+            "recompute",
+            "Speed of recomputing what was preempted",
+            "times the profile's",
+            lambda config: round(h100.cost.prefill_token_s / config.profile.cost.prefill_token_s, 3),
+            tuple(
+                config
+                for factor in (0.25, 1.0, 4.0)
+                for config in runs(some, (0.24,), profile=h100.with_recompute_speed(factor))
+            ),
+        ),
+        Experiment(
+            "chat",
+            "Chat: short answers, where there is little to balance",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(chat(name, rate, seed, effort.time) for rate in (2.0, 10.0) for name in some for seed in seeds),
+        ),
+        Experiment(
+            "size16",
+            "16 decode instances",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs((*STATIC[::2], *MOVING, BOUND), (0.2, 0.24), decode=16, seeds=seeds)),
+        ),
+        Experiment(
+            "size64",
+            "64 decode instances",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs(("round_robin", *some), (0.24,), decode=64, seeds=few)),
+        ),
+        Experiment(
+            "size256",
+            "256 decode instances",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs(("round_robin", "least_tokens", "current_load", "star_plus"), (0.24,), decode=256, seeds=(0,))),
+        ),
+    )
+
+
+def reasoning(
+    name: str, *, decode: int, rate: float, profile: Profile, seed: int, time: float = 1.0
+) -> SimulationConfig:
+    """The paper's mix at ``rate`` for each decode instance."""
+    requests = round(rate * decode * (WARM_UP_S + MEASURED_S + SHADOW_S) * time)
+    return SimulationConfig(
+        profile=profile,
+        strategy=STRATEGIES[name],
+        workload=WorkloadConfig(requests=max(requests, 1), rate=rate * decode),
+        prefill_instances=max(1, decode // 16),
+        decode_instances=decode,
+        seed=seed,
+        warm_up_s=WARM_UP_S * time,
+        measure_until_s=(WARM_UP_S + MEASURED_S) * time,
+        slos=(STRICT, LOOSE),
+    )
+
+
+def chat(name: str, rate: float, seed: int, time: float = 1.0) -> SimulationConfig:
+    """Chat on three decode instances; a minute is long beside its answers."""
+    return SimulationConfig(
+        profile=load_profile("h100-7b"),
+        strategy=STRATEGIES[name],
+        workload=WorkloadConfig(requests=max(1, round(rate * 3 * 240 * time)), rate=rate * 3, lengths="chat"),
+        seed=seed,
+        warm_up_s=30.0 * time,
+        measure_until_s=210.0 * time,
+        slos=(STRICT, LOOSE),
+    )
