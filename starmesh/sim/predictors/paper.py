@@ -24,7 +24,7 @@ from starmesh.sim.predictors.noise import Persistence, SlowNoise
 from starmesh.sim.predictors.predictor import Integers, Numbers
 from starmesh.sim.workload.lengths import LENGTH_MODELS, Quantiles
 
-KNOWS_FIRST: Final = 0.31
+KNOWS_FIRST: Final = 0.32
 KNOWS_TOKENS: Final = 12_000.0
 SPREAD: Final = 0.4
 LEAN: Final = 0.1
