@@ -18,11 +18,10 @@ from starmesh.sequence_loads import COUNTS, SequenceLoads
 from starmesh.sim.events import EventLoop
 from starmesh.sim.instance import SimulatedInstance
 from starmesh.sim.predictors import SimulatedPredictor
-from starmesh.types import ClusterView, InstanceLoad, InstanceState, InstanceView, Reservation, Role
+from starmesh.types import ClusterView, InstanceLoad, InstanceView, Reservation, Role
 
 Integers = npt.NDArray[np.int64]
 
-_PROMPT_TOKENS = COUNTS.index("prompt_tokens")
 _OUTPUT_TOKENS = COUNTS.index("output_tokens")
 _REMAINING = COUNTS.index("remaining_tokens")
 _FOREVER_S = float("inf")
@@ -126,39 +125,34 @@ class Views:
 
     def _report(self, known: _Reported) -> None:
         load = known.instance.load()
+        sequences = SequenceLoads.of(load.sequences)
         outgoing, incoming = self._migrations_of(known.instance.info.instance_id)
-        if known.instance.info.role is Role.DECODE and self._predictor is not None and len(load.sequences):
-            load = self._predicted(known, load)
-        if outgoing or incoming:
-            load = dataclasses.replace(load, outgoing_migrations=outgoing, incoming_migrations=incoming)
+        predicts = self._predictor is not None and known.instance.info.role is Role.DECODE and len(sequences) > 0
+        if predicts or outgoing or incoming:
+            load = dataclasses.replace(
+                load,
+                outgoing_migrations=outgoing,
+                incoming_migrations=incoming,
+                sequences=self._predicted(known, sequences) if predicts else sequences,
+            )
         if known.pending:
-            here = frozenset(SequenceLoads.of(load.sequences).request_ids)
+            here = frozenset(sequences.request_ids)
             known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
         known.load, known.reported_at_s, known.view = load, self._loop.now_s, None
 
-    def _predicted(self, known: _Reported, load: InstanceLoad) -> InstanceLoad:
+    def _predicted(self, known: _Reported, sequences: SequenceLoads) -> SequenceLoads:
         assert self._predictor is not None
-        sequences = SequenceLoads.of(load.sequences)
         if known.facts is None or sequences.request_ids is not known.request_ids:
             facts = np.array([self._facts_of(name) for name in sequences.request_ids], dtype=np.int64).T
             known.facts = (facts[0].copy(), facts[1].copy(), facts[2].copy())
             known.request_ids = sequences.request_ids
         output = np.frombuffer(sequences.columns[_OUTPUT_TOKENS], dtype=np.int64)
-        median, upper, age = self._predictor.remaining(known.facts[0], output, known.facts[1], known.facts[2])
-        prompt = np.frombuffer(sequences.columns[_PROMPT_TOKENS], dtype=np.int64)
-        ends = np.where(median > 0, prompt + output + median, 0).tolist()
-        # As live, with the report: whom to preempt goes by it.
-        known.instance.core.expect({name: end for name, end in zip(sequences.request_ids, ends, strict=True) if end})
+        predicted = self._predictor.remaining(known.facts[0], output, known.facts[1], known.facts[2])
         columns = list(sequences.columns)
-        columns[_REMAINING : _REMAINING + 3] = (median.tobytes(), upper.tobytes(), age.tobytes())
-        return dataclasses.replace(load, sequences=SequenceLoads.of_buffers(sequences.request_ids, columns))
+        columns[_REMAINING : _REMAINING + 3] = [column.tobytes() for column in predicted]
+        return SequenceLoads.of_buffers(sequences.request_ids, columns)
 
 
 def _without(view: InstanceView, request_id: str) -> InstanceView:
     kept = tuple(item for item in view.reservations if item.request_id != request_id)
     return view if len(kept) == len(view.reservations) else dataclasses.replace(view, reservations=kept)
-
-
-def is_ready(view: InstanceView) -> bool:
-    """Whether it takes new work."""
-    return view.info.state is InstanceState.READY
