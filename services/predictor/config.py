@@ -6,16 +6,19 @@ from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from starmesh.process import ServiceSettings
+from starmesh.emulation.settings import EmulationSettings
 from starmesh.telemetry.metrics import check_listen
 
 
-class PredictorSettings(ServiceSettings):
+class PredictorSettings(EmulationSettings):
     """What predicts, what is collected, what is shown."""
 
     predictor: str = Field(
         "",
         description="version or file to start with; empty: what ships for the model, else conditional_median",
+    )
+    longest_output_tokens: int = Field(
+        32_000, ge=1, description="emulated: the longest output of the load, which the errors of predictions grow with"
     )
     predictor_dir: Path | None = Field(None, description="directory of predictor files that may be promoted")
     # At 25 tokens/s and a sample every 20: what 3,000 sequences send in a second.

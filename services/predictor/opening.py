@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from services.predictor.collector import open_collector
 from services.predictor.config import PredictorSettings
+from services.predictor.emulated import emulated_predictors
 from services.predictor.instruments import Instruments
 from services.predictor.predictor import PredictorService
 from services.predictor.registry import PredictorFiles, Registry
+from starmesh.prediction.batch import Predictor
 from starmesh.prediction.conditional_median import ConditionalMedian
 from starmesh.telemetry.metrics import open_metrics
 
@@ -22,12 +24,16 @@ log = logging.getLogger(__name__)
 async def open_predictor(settings: PredictorSettings, files: PredictorFiles) -> AsyncIterator[PredictorService]:
     """The service within the context. Raises ValueError for a predictor that cannot be loaded, ShardError for a
     directory of other samples, and OSError."""
+    others: Mapping[str, Predictor] = {}
+    if settings.emulation is not None:
+        others = emulated_predictors(settings.emulation, cap_tokens=settings.longest_output_tokens)
     registry = Registry(
         files,
         directory=settings.predictor_dir,
         named=settings.predictor,
         recalibrate=settings.recalibrate,
         median=ConditionalMedian(),
+        others=others,
     )
     await registry.start()
     async with AsyncExitStack() as stack:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import grpc
@@ -58,14 +59,23 @@ class Registry:
     """Begins with ``conditional_median``, until ``start`` or the first samples bring a better one."""
 
     def __init__(
-        self, files: PredictorFiles, *, directory: Path | None, named: str, recalibrate: bool, median: ConditionalMedian
+        self,
+        files: PredictorFiles,
+        *,
+        directory: Path | None,
+        named: str,
+        recalibrate: bool,
+        median: ConditionalMedian,
+        others: Mapping[str, Predictor] = MappingProxyType({}),
     ) -> None:
-        """``named`` is a version or a file to start with, empty for the choice by model."""
+        """``named`` is a version or a file to start with, empty for the choice by model. ``others`` are predictors
+        that need no file, by name."""
         self.median = median
         self._files = files
         self._directory = directory
         self._named = named
         self._recalibrate = recalibrate
+        self._others = others
         self._own_file = Path(named) if named.endswith(_SUFFIX) or "/" in named else None
         self._layout: HiddenLayout | None = None
         self._changing = asyncio.Lock()
@@ -82,7 +92,7 @@ class Registry:
         known = shipped | await asyncio.to_thread(self._known)
         if name not in known:
             raise ValueError(f"there is no predictor {name!r}: use a file or one of {', '.join(known)}")
-        self.active = self._version(name, await self._load(known[name]))
+        self.active = self._version(name, await self._load(name, known[name]))
         self._chosen = True
 
     async def settle(self, layout: HiddenLayout) -> Version:
@@ -108,7 +118,7 @@ class Registry:
                     "version", f"is not here; it can be one of {', '.join(known)}", code=grpc.StatusCode.NOT_FOUND
                 )
             try:
-                predictor = await self._load(known[name])
+                predictor = await self._load(name, known[name])
             except ValueError as error:
                 raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
             # Samples that came in meanwhile tell of the model too.
@@ -129,7 +139,7 @@ class Registry:
             path = await asyncio.to_thread(self._shipped)
             if path is not None and not self._chosen:
                 try:
-                    predictor = await self._load(path)
+                    predictor = await self._load(path.stem, path)
                     check_fits(layout, predictor.layout, path.stem)
                     self.active = self._version(path.stem, predictor)
                 except (ValueError, StatusError) as error:
@@ -137,9 +147,9 @@ class Registry:
             self._chosen = True
         log.info("%s answers for model revision %s", self.active.name, layout.model_revision)
 
-    async def _load(self, path: Path | None) -> Predictor:
+    async def _load(self, name: str, path: Path | None) -> Predictor:
         if path is None:
-            return self.median
+            return self._others.get(name, self.median)
         try:
             return await asyncio.to_thread(self._files.load, path)
         except ValueError:
@@ -153,7 +163,7 @@ class Registry:
 
     def _known(self) -> dict[str, Path | None]:
         """Versions by name, the built-in first. Blocking."""
-        found: dict[str, Path | None] = {}
+        found: dict[str, Path | None] = dict.fromkeys(self._others)
         if self._directory is not None:
             for path in sorted(self._directory.glob(f"*{_SUFFIX}"))[:MAX_VERSIONS]:
                 found[path.stem] = path

@@ -14,7 +14,6 @@ from starmesh.cli import local_options, options
 from starmesh.cli.emulating import Emulating
 from starmesh.cli.local_options import (
     DEFAULT_MODEL,
-    NO_PREDICTOR,
     DispatchPolicy,
     Predicting,
     ReschedulingPolicy,
@@ -73,9 +72,9 @@ def compare(
     from starmesh.cli.skewed_load import SkewedLoad
 
     emulating = Emulating(engine=engine, profile=profile, speed=speed, kv_tokens=kv_tokens)
-    emulating.check(predictor=predictor)
-    predicting = Predicting(predictor=NO_PREDICTOR if emulating.on else predictor)
+    predicting = Predicting(predictor=predictor)
     predicting.check(dispatch)
+    emulating.check(predicting)
     for policy in policies or ():
         if policy not in _POLICIES:
             raise typer.BadParameter(f"{policy!r} is none of {', '.join(_POLICIES)}", param_hint="POLICY")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from starmesh.cli.local_options import flags
+from starmesh.cli.local_options import NO_PREDICTOR, ONLINE_PREDICTOR, Predicting, flags
 
 if TYPE_CHECKING:
     from starmesh.cli.local_cluster import ClusterPlan
@@ -40,6 +40,10 @@ Speed = Annotated[float, typer.Option(min=0.001, help="Emulated: how many times 
 KvTokens = Annotated[int, typer.Option(min=0, help="Emulated: tokens whose KV an instance holds. (0: the profile's)")]
 OutputLengths = Annotated[LengthsName, typer.Option(help="Emulated: how long answers are to prompts that do not say.")]
 
+_PREDICTORS: Final = ("", ONLINE_PREDICTOR, "measured", "paper", "oracle", NO_PREDICTOR)
+"""Those that need no model: one that learns online, and the simulator's, which know each length and add an error."""
+
+_NO_LAYERS: Final = "none"  # as the engines' setting says it
 _ROUND_INTERVAL_S: Final = 1.0  # the rescheduler's default
 _RELIEF_HORIZON_S: Final = 2.0  # the decode instances'
 _REPORT_INTERVAL_S: Final = 0.25  # every service's
@@ -69,14 +73,18 @@ class Emulating:
     def description(self) -> str:
         """What people are told of it."""
         pace = "" if self.speed == 1 else f", with times {self.speed:g} times shorter than its"
-        return f"no model runs: this emulates {self.profile}{pace}; nobody predicts remaining tokens"
+        return f"no model runs: this emulates {self.profile}{pace}"
 
-    def check(self, *, predictor: str = "") -> None:
+    def check(self, predicting: Predicting) -> None:
         """Raise typer.BadParameter for options that do not go together."""
         from starmesh.profiles import ProfileError, load_profile, profile_names
 
-        if self.on and predictor not in {"", "none"}:
-            raise typer.BadParameter("emulated instances have no hidden states for it", param_hint="--predictor")
+        if self.on and predicting.predictor not in _PREDICTORS:
+            raise typer.BadParameter(
+                f"with --engine emulated it is one of {', '.join(_PREDICTORS[1:])}", param_hint="--predictor"
+            )
+        if self.on and predicting.collect is not None:
+            raise typer.BadParameter("emulated instances have nothing to learn from", param_hint="--collect")
         if self.on and not self.profile:
             raise typer.BadParameter(
                 f"is needed with --engine emulated: a TOML file, or one of {', '.join(profile_names())}",
@@ -98,6 +106,7 @@ class Emulating:
     def apply(self, plan: ClusterPlan) -> ClusterPlan:
         """The plan with instances that emulate, where they are to; its other flags for them go. Where they are not, a
         profile is what costs are reckoned by."""
+        from starmesh.emulation.lengths import QUANTILES
         from starmesh.policy.rescheduling import ReschedulingConfig
 
         profile = str(Path(self.profile).absolute()) if Path(self.profile).is_file() else self.profile
@@ -108,7 +117,7 @@ class Emulating:
                 decode_flags=(*plan.decode_flags, *reckoned),
                 rescheduler_flags=(*plan.rescheduler_flags, *reckoned),
             )
-        default, speed = ReschedulingConfig(), self.speed
+        default, speed, longest = ReschedulingConfig(), self.speed, QUANTILES[self.output_lengths][-1][1]
         own = flags(
             {"--engine": "emulated", "--profile": profile, "--speed": self.speed, "--kv-tokens": self.kv_tokens}
         )
@@ -124,8 +133,7 @@ class Emulating:
         return dataclasses.replace(
             plan,
             model=None,
-            predict=False,
-            engine_flags=(*own, "--transfer", "stream"),
+            engine_flags=(*own, "--transfer", "stream", *(() if plan.predict else ("--hidden-layers", _NO_LAYERS))),
             decode_flags=flags({"--relief-horizon-s": _RELIEF_HORIZON_S / speed}),
             router_flags=(
                 *(*plan.router_flags, *own),
@@ -140,6 +148,7 @@ class Emulating:
                 *(*plan.rescheduler_flags, *own, *rests),
                 *(() if "--round-interval-s" in plan.rescheduler_flags else rounds),
             ),
+            predictor_flags=(*plan.predictor_flags, *own, "--longest-output-tokens", str(longest)),
             shared_flags=(
                 *plan.shared_flags,
                 *flags({"--report-interval-s": self._report_interval_s(_REPORT_INTERVAL_S)}),

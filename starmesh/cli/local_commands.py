@@ -18,7 +18,6 @@ from starmesh.cli.emulating import Emulating
 from starmesh.cli.local_options import (
     DEFAULT_MODEL,
     EVERY_TOKENS,
-    NO_PREDICTOR,
     DispatchPolicy,
     Predicting,
     ReschedulingPolicy,
@@ -79,15 +78,15 @@ def up(
     emulating = Emulating(
         engine=engine, profile=profile, speed=speed, kv_tokens=kv_tokens, output_lengths=output_lengths
     )
-    emulating.check(predictor=predictor)
     predicting = Predicting(
-        predictor=NO_PREDICTOR if emulating.on else predictor,
+        predictor=predictor,
         directory=predictor_dir,
         collect=collect,
         collect_max_mib=collect_max_mib,
         metrics=predictor_metrics,
     )
     predicting.check(dispatch)
+    emulating.check(predicting)
     _check_port(port)
     engine_flags: dict[str, str | int | float] = {
         "--device": device,
@@ -122,7 +121,7 @@ def up(
         predict=predicting.on,
         predictor_flags=predicting.flags,
     )
-    notice = emulating.description if emulating.on else choice.description
+    notice = f"{emulating.description}; {choice.description}" if emulating.on else choice.description
     run(keep_up(emulating.apply(plan), Console(), restart=restart, notice=notice))
 
 
@@ -144,7 +143,7 @@ def demo(
     from starmesh.cli.up import demo as show_demo
 
     emulating = Emulating(engine=engine, profile=profile, speed=speed)
-    emulating.check()
+    emulating.check(Predicting())
     directory = None if emulating.on else model_directory(model)
     plan = ClusterPlan(
         model=directory,

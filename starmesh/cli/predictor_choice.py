@@ -39,10 +39,12 @@ class PredictorChoice:
 
 
 def choose_predictor(predicting: Predicting, model_directory: Path | None) -> PredictorChoice:
-    """The choice for a model, if there is one. Raises CliError for a predictor that is not there, can't be read, or is
-    another model's."""
-    if not predicting.on or model_directory is None:
+    """The choice for a model; None is an emulated one, whose predictors need no file. Raises CliError for a predictor
+    that is not there, can't be read, or is another model's."""
+    if not predicting.on:
         return PredictorChoice("", "nobody predicts remaining tokens: requests are placed and moved by what they hold")
+    if model_directory is None:
+        return PredictorChoice("", f"remaining tokens are predicted by {predicting.predictor or ONLINE_PREDICTOR}")
     revision = model_revision(model_directory)
     try:
         if not predicting.predictor:

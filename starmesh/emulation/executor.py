@@ -3,7 +3,10 @@ between two steps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starmesh.emulation.emulation import Emulation
+from starmesh.emulation.hidden_states import hidden_layout, write_lengths
 from starmesh.emulation.marks import KvMarks
 from starmesh.emulation.pace import StepPace
 from starmesh.emulation.tokens import ends_at
@@ -14,12 +17,14 @@ from starmesh.types import HiddenLayout
 
 
 class PacedExecutor:
-    """Implements ``Executor``; ``stream`` makes its noise another than that of other instances."""
+    """Implements ``Executor``; ``stream`` makes its noise another than that of other instances. With ``hidden_states``
+    it keeps some, by which predictors may know lengths."""
 
-    hidden_layout: HiddenLayout | None = None
-
-    def __init__(self, emulation: Emulation, *, stream: int, pace: StepPace | None = None) -> None:
+    def __init__(
+        self, emulation: Emulation, *, stream: int, hidden_states: bool = False, pace: StepPace | None = None
+    ) -> None:
         self.layout = emulation.layout
+        self.hidden_layout: HiddenLayout | None = hidden_layout(self.layout) if hidden_states else None
         self.total_blocks = emulation.profile.total_blocks
         self.memory = HostMemory(self.layout, self.total_blocks)
         self._marks = KvMarks(self.memory)
@@ -40,4 +45,6 @@ class PacedExecutor:
         self._pace.begin(busy=any(item.request_id in self._last_ids for item in batch.items))
         self._marks.compute(batch, known_ids=self._last_ids)
         self._last_ids = {item.request_id for item in batch.items}
-        return self._emulated.execute(batch)
+        result = self._emulated.execute(batch)
+        wanted = [item for item in batch.items if item.wants_hidden_state]
+        return replace(result, hidden_states=write_lengths(wanted)) if wanted else result

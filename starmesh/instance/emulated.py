@@ -22,7 +22,9 @@ def load_emulated(settings: EngineSettings, emulation: Emulation, *, prefix_cach
     """The engine that ``emulation`` describes. Blocks, batches and the longest sequence are the profile's, not those of
     the settings."""
     profile = emulation.profile
-    executor = PacedExecutor(emulation, stream=crc32(settings.instance_id.encode()))
+    executor = PacedExecutor(
+        emulation, stream=crc32(settings.instance_id.encode()), hidden_states=settings.kept_layers != ()
+    )
     tokenizer = EmulatedTokenizer(context_tokens=profile.max_sequence_tokens, lengths=next(iter(QUANTILES)))
 
     def stop_checker(spec: SequenceSpec) -> StopMatcher:
@@ -35,6 +37,7 @@ def load_emulated(settings: EngineSettings, emulation: Emulation, *, prefix_cach
         max_sequences=profile.max_sequences,
         max_waiting_sequences=settings.max_waiting,
         prefix_caching=prefix_caching,
+        hidden_every_tokens=settings.hidden_every_tokens,
     )
     link = SharedLink(emulation.link_bytes_per_s)
     return LoadedEngine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import typer
 from starmesh.cli.bench import read_prompts
 from starmesh.cli.emulating import Emulating
 from starmesh.cli.local_cluster import ClusterPlan
+from starmesh.cli.local_options import Predicting
 from starmesh.cli.run import CliError
 from starmesh.emulation.requests import emulated_prompt
 
@@ -30,7 +32,6 @@ def test_every_service_that_must_know_does(tmp_path: Path) -> None:
     )
     emulated = Emulating(engine="emulated", profile="h100-7b", speed=10.0, kv_tokens=5000).apply(plan)
     flags = flags_of(emulated)
-    assert set(flags) == {"router", "prefill", "decode", "rescheduler"}, "nobody predicts"
     for role, own in flags.items():
         assert (own["--engine"], own["--profile"], own["--speed"]) == ("emulated", "h100-7b", "10.0"), role
         assert own["--kv-tokens"] == "5000"
@@ -57,7 +58,7 @@ def test_a_model_s_cluster_is_left_as_it_is(tmp_path: Path) -> None:
     plan = ClusterPlan(model=tmp_path, run_directory=tmp_path)
     assert Emulating().apply(plan) == plan
     assert Emulating().interval_s(3.0) == 3.0
-    Emulating().check()
+    Emulating().check(Predicting(predictor="mine.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -65,12 +66,23 @@ def test_a_model_s_cluster_is_left_as_it_is(tmp_path: Path) -> None:
     [
         ({}, "", "is needed with --engine emulated"),
         ({"profile": "h1000-7b"}, "", "there is no profile 'h1000-7b'"),
-        ({"profile": "h100-7b"}, "mine.safetensors", "no hidden states"),
+        ({"profile": "h100-7b"}, "mine.safetensors", "one of conditional_median, measured, paper, oracle, none"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, str], predictor: str, said: str) -> None:
     with pytest.raises(typer.BadParameter, match=said):
-        Emulating(engine="emulated", **options).check(predictor=predictor)  # type: ignore[arg-type]
+        Emulating(engine="emulated", **options).check(Predicting(predictor=predictor))  # type: ignore[arg-type]
+
+
+def test_without_predictions_nobody_keeps_what_to_predict_from(tmp_path: Path) -> None:
+    emulating = Emulating(engine="emulated", profile="h100-7b")
+    plan = ClusterPlan(model=None, run_directory=tmp_path, predictor_flags=Predicting(predictor="oracle").flags)
+    flags = flags_of(emulating.apply(plan))
+    assert flags["predictor"]["--predictor"] == "oracle"
+    assert "--hidden-layers" not in flags["prefill"]
+    without = flags_of(emulating.apply(dataclasses.replace(plan, predict=False)))
+    assert "predictor" not in without
+    assert without["prefill"]["--hidden-layers"] == "none"
 
 
 def test_a_benchmark_s_lines_may_be_lengths(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ DECODES = ["decode-0", "decode-1", "decode-2"]
 # Steps of 6 ms; KV memory for 12,000 tokens.
 EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "12000")
 LENGTHS = [(prompt_tokens, 150 + 37 * number) for number, prompt_tokens in enumerate([1, 15, 16, 17, 500, 900] * 2)]
+LONG_TOKENS = 1500
 STOP = sequence_pb2.FINISH_REASON_STOP
 
 
@@ -112,23 +113,39 @@ async def an_instance_dies(mesh: Mesh) -> None:
 
 
 async def test_the_rescheduler_moves_emulated_sequences(tmp_path: Path) -> None:
-    """To an instance that comes when the only other one has them all."""
+    """To an instance that comes when the only other one has them all; by lengths that a predictor tells."""
     fast = (*EMULATED, "--speed", "2")
     async with Mesh(tmp_path, tmp_path) as mesh:
         await mesh.start_all(prefill=1, decode=1, flags=(*fast, "--transfer", "stream"), router_flags=fast)
+        await mesh.start_predictor(*fast, "--predictor", "oracle")
         await mesh.start("rescheduler", "rescheduler", *fast, "--round-interval-s", "0.2")
-        messages = [emulated_request(100, 1500, request_id=f"long-{number}") for number in range(6)]
+        messages = [emulated_request(100, LONG_TOKENS, request_id=f"long-{number}") for number in range(6)]
         begun = asyncio.Event()
         running = asyncio.create_task(
             generate_all(mesh.inference(), messages, on_token=lambda tokens: begun.set() if tokens > 20 else None)
         )
         await asyncio.wait_for(begun.wait(), 60)
+        await predictions_are_known(mesh)
         await mesh.start("decode", "decode-1", *fast, "--transfer", "stream")
         answers = await running
-        assert [answer.token_ids for answer in answers] == [expected_token_ids(100, 1500)] * len(messages)
+        assert [answer.token_ids for answer in answers] == [expected_token_ids(100, LONG_TOKENS)] * len(messages)
 
         async def arrived() -> int:
             return sum(instance.load.migrated_sequences for instance in await mesh.instances())
 
         await until(arrived, "a report of a sequence that moved", describe=mesh.services["rescheduler"].log.read_text)
         await mesh.settled()
+
+
+async def predictions_are_known(mesh: Mesh) -> None:
+    """Loads say how many tokens each sequence will generate in all."""
+    found: set[int] = set()
+
+    async def all_known() -> bool:
+        loads = [sequence for instance in await mesh.instances() for sequence in instance.load.sequences]
+        found.clear()
+        found.update(load.output_tokens + load.remaining_tokens for load in loads if load.HasField("remaining_tokens"))
+        return bool(found)
+
+    await until(all_known, "predictions", describe=lambda: str(found))
+    assert found == {LONG_TOKENS}
