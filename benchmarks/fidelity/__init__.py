@@ -1,0 +1,1 @@
+"""How well the simulator foretells a live cluster: the same requests through both. See ``__main__``."""
