@@ -38,8 +38,7 @@ class MeasuredPredictor:
     def __init__(self, *, seed: int, cap_tokens: int) -> None:
         tables = _tables()
         self._cap = cap_tokens
-        self._median, self._cut = tables.median, tables.cut
-        self._upper = tables.upper
+        self._median, self._upper = tables.median, tables.upper
         persistence = tables.file["persistence"]
         self._noise = SlowNoise(
             seed=seed,
@@ -52,70 +51,87 @@ class MeasuredPredictor:
         """See ``ErrorModel``."""
         normals = self._noise.draw(keys, output_tokens)
         lengths = output_tokens + remaining
-        left = np.log((remaining / self._cap).astype(np.float32))
-        median = self._median.at(np.log((lengths / self._cap).astype(np.float32)), left, normals[0])
-        cut = np.flatnonzero(lengths >= self._cap)
-        if len(cut):
-            median[cut] = self._cut.at(left[cut], left[cut], normals[0][cut])
+        median = self._median.at(
+            np.log((lengths / self._cap).astype(np.float32)),
+            np.log((remaining / self._cap).astype(np.float32)),
+            normals[0],
+            apart=lengths >= self._cap,
+        )
         beyond = self._upper.at(median, output_tokens / self._cap, normals[1])
-        tokens = np.exp(median) * self._cap
+        tokens = np.exp(median)
+        tokens *= self._cap
         return tokens, tokens * np.exp(beyond)
 
 
 class DenseTable:
     """Values by two numbers and a normal one, made from quantiles [rows, columns, levels] by interpolation, so finely
-    that its nearest entry will do. Beyond the outermost row or column it goes on as there."""
+    that its nearest entry will do. Beyond the outermost row or column it goes on as there. One more row than ``rows``
+    stands apart from the others: nothing is between it and them."""
 
     def __init__(
         self, rows: Sequence[float], columns: Sequence[float], levels: Sequence[float], values: npt.ArrayLike
     ) -> None:
         normals = [NormalDist().inv_cdf(level) for level in levels]
-        self._axes = (_Axis(rows, _DENSE[0]), _Axis(columns, _DENSE[1]))
-        self._normal = _Axis((-_MOST_NORMAL, _MOST_NORMAL), _DENSE[2])
+        self._rows, self._columns = _Axis(rows, _DENSE[0]), _Axis(columns, _DENSE[1])
+        self._normals = _Axis((-_MOST_NORMAL, _MOST_NORMAL), _DENSE[2])
         table = np.asarray(values, dtype=np.float64)
-        for axis, (dense, known) in enumerate(
-            ((self._axes[0], rows), (self._axes[1], columns), (self._normal, normals))
-        ):
-            table = np.apply_along_axis(lambda line: np.interp(dense.points, known, line), axis, table)  # noqa: B023
-        self._table = np.ascontiguousarray(table, dtype=np.float32).ravel()
+        between = _interpolated(table[: len(rows)], 0, self._rows.points, rows)
+        table = np.concatenate((between, table[len(rows) :]))
+        table = _interpolated(table, 1, self._columns.points, columns)
+        self._table = _interpolated(table, 2, self._normals.points, normals).astype(np.float32).ravel()
 
-    def at(self, row: npt.NDArray[Any], column: npt.NDArray[Any], normal: npt.NDArray[Any]) -> Singles:
-        """[n], at n places."""
-        index = self._axes[0].index(row)
+    def at(
+        self,
+        row: npt.NDArray[Any],
+        column: npt.NDArray[Any],
+        normal: npt.NDArray[Any],
+        *,
+        apart: npt.NDArray[np.bool_] | None = None,
+    ) -> Singles:
+        """[n], at n places; those ``apart`` are in the row that stands apart."""
+        index = self._rows.index(row)
+        if apart is not None:
+            np.putmask(index, apart, _DENSE[0])
         index *= _DENSE[1]
-        index += self._axes[1].index(column)
+        index += self._columns.index(column)
         index *= _DENSE[2]
-        index += self._normal.index(normal)
+        index += self._normals.index(normal)
         found: Singles = self._table.take(index)
         return found
 
 
+def _interpolated(
+    table: npt.NDArray[np.float64], axis: int, wanted: npt.NDArray[np.float64], known: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    return np.apply_along_axis(lambda line: np.interp(wanted, known, line), axis, table)
+
+
 class _Axis:
-    """``count`` points evenly from the first to the last of ``known``; a single one is everywhere the same."""
+    """``count`` points evenly from the first to the last of ``known``."""
 
     def __init__(self, known: Sequence[float], count: int) -> None:
         self.points = np.linspace(known[0], known[-1], count)
-        step = self.points[1] - self.points[0]
-        self._first, self._last = float(known[0]), count - 1
-        self._per_step = 1.0 / step if step else 0.0
+        self._per_step = float(1.0 / (self.points[1] - self.points[0]))
+        self._offset = float(0.5 - known[0] * self._per_step)
+        self._last = count - 1
 
     def index(self, values: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-        places = (values - self._first) * self._per_step + 0.5
-        return np.asarray(np.clip(places, 0, self._last), dtype=np.intp)
+        """The nearest point's number. In few operations: a load report has few sequences, and there are many."""
+        places = values * self._per_step
+        places += self._offset
+        np.maximum(places, 0.0, out=places)
+        np.minimum(places, self._last, out=places)
+        return places.astype(np.intp)
 
 
 class _Tables:
     def __init__(self, file: dict[str, Any]) -> None:
         self.file = file
-        levels = file["levels"]
-        median = file["median"]
-        values = np.log(median["values"])
-        remaining = np.log(median["remaining"])
+        levels, median, upper = file["levels"], file["median"], file["upper"]
         # The last length is that of requests that their limit cut: a kind of its own, not a longer one.
-        self.median = DenseTable(np.log(median["length"][:-1]), remaining, levels, values[:-1])
-        self.cut = DenseTable((0.0,), remaining, levels, values[-1:])
-        upper = file["upper"]
-        self.upper = DenseTable(np.log(upper["median"]), upper["generated"], levels, upper["values"])
+        lengths, remaining = np.log(median["length"][:-1]).tolist(), np.log(median["remaining"]).tolist()
+        self.median = DenseTable(lengths, remaining, levels, np.log(median["values"]))
+        self.upper = DenseTable(np.log(upper["median"]).tolist(), upper["generated"], levels, upper["values"])
 
 
 @cache
