@@ -19,6 +19,10 @@ MAX_BACKLOG_S: Final = 0.25
 """How far behind steps are made up for. Our choice: rides out a pause of the machine, and no sequence gets a burst of
 tokens that a client could take for the hardware's."""
 
+UNNOTICED_S: Final = 0.002
+"""An engine that begins a step so soon after another has not been idle, as far as anybody can tell: so long takes the
+engine's own work between the steps of prompts that wait for each other. Our choice."""
+
 REPORT_INTERVAL_S: Final = 30.0
 TOLERATED_LOSS: Final = 0.02
 """The part of the time that may be lost before the log says so."""
@@ -43,12 +47,13 @@ class StepPace:
         return self._lost_s
 
     def begin(self, *, busy: bool) -> None:
-        """A step begins; ``busy``: right after another."""
+        """A step begins; ``busy``: known to follow another at once."""
         now_s = self._clock()
-        if not busy:
+        late_s = now_s - self._due_s
+        if late_s > UNNOTICED_S and not busy:
             self._due_s = now_s
-        elif now_s - self._due_s > MAX_BACKLOG_S:
-            self._lost_s += now_s - self._due_s - MAX_BACKLOG_S
+        elif late_s > MAX_BACKLOG_S:
+            self._lost_s += late_s - MAX_BACKLOG_S
             self._due_s = now_s - MAX_BACKLOG_S
 
     def wait(self, seconds: float) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from starmesh.emulation.pace import MAX_BACKLOG_S, REPORT_INTERVAL_S, StepPace
+from starmesh.emulation.pace import MAX_BACKLOG_S, REPORT_INTERVAL_S, UNNOTICED_S, StepPace
 
 pytestmark = pytest.mark.fast
 
@@ -77,3 +77,13 @@ def test_an_engine_that_was_idle_makes_nothing_up() -> None:
     began_s = machine.now_s
     pace.wait(0.010)
     assert machine.now_s == pytest.approx(began_s + 0.010)
+
+
+def test_prompts_that_wait_for_each_other_keep_it_busy() -> None:
+    machine = Machine(oversleep_s=0.0003)
+    pace = machine.pace()
+    for _ in range(100):
+        machine.now_s += UNNOTICED_S / 2
+        pace.begin(busy=False)
+        pace.wait(0.010)
+    assert machine.now_s == pytest.approx(101.0 + 0.0003)
