@@ -20,7 +20,7 @@ from starmesh.sim.workload import SimulatedRequest, draw_requests
 PROGRESS_EVERY_EVENTS = 2048
 
 SAMPLE_S = 1.0
-"""How often the instances' loads are looked at for the series over time."""
+"""How often the instances' loads are looked at for the series over time, and how old a look may be."""
 
 
 class Stuck(RuntimeError):
@@ -112,5 +112,5 @@ class _Sampler:
         self._next.cancel()
 
     def _sample(self) -> None:
-        self._measurements.sample(self._loop.now_s, self._cluster.views.loads())
+        self._measurements.sample(self._loop.now_s, self._cluster.views.loads(max_age_s=SAMPLE_S))
         self._next = self._loop.after(self._measurements.sample_interval_s, self._sample)

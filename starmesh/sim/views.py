@@ -109,10 +109,16 @@ class Views:
         self._report(known)
         return known.load
 
-    def loads(self) -> Mapping[str, InstanceLoad]:
-        """The last reports of the decode instances, none older than the interval."""
-        views = self.of((Role.DECODE,)).instances
-        return {view.info.instance_id: view.load for view in views if view.load is not None}
+    def loads(self, *, max_age_s: float) -> Mapping[str, InstanceLoad]:
+        """The last reports of the decode instances, none older than that; for an onlooker, who is no part of the
+        cluster and need not have new ones made."""
+        found: dict[str, InstanceLoad] = {}
+        for instance_id, known in self._known.items():
+            if known.instance.info.role is Role.DECODE:
+                if self._loop.now_s - known.reported_at_s > max_age_s:
+                    self._report(known)
+                found[instance_id] = known.load
+        return found
 
     def _view(self, known: _Reported) -> InstanceView:
         if self._loop.now_s - known.reported_at_s >= self._interval_s:
