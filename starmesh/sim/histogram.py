@@ -83,6 +83,7 @@ class LogHistogram:
         """[bins + 1]; bin i of ``counts`` lies between edges i - 1 and i."""
         self.count = 0
         self._counts = np.zeros(len(self._edges) + 1, np.int64)
+        self._cumulative: npt.NDArray[np.int64] | None = None
         self._total_units = 0
         self._least, self._most = math.inf, -math.inf
         # Values that come in small arrays are binned many at a time.
@@ -95,6 +96,7 @@ class LogHistogram:
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{value} is no finite value of at least 0")
         self._counts[bisect_right(self._edges, value)] += 1
+        self._cumulative = None
         self.count += 1
         self._total_units += round(value * _SUM_UNITS)
         self._least, self._most = min(self._least, value), max(self._most, value)
@@ -151,16 +153,14 @@ class LogHistogram:
             return self._least
         if rank == self.count - 1:
             return self._most
+        if self._cumulative is None:
+            self._cumulative = np.cumsum(self._counts)
         cumulative = self._cumulative
         place = int(np.searchsorted(cumulative, rank, side="right"))
         before = int(cumulative[place - 1]) if place else 0
         low = max(self._least, self._edges[place - 1] if place else 0.0)
         high = min(self._most, self._edges[place] if place < len(self._edges) else math.inf)
         return low + (high - low) * (rank - before + 0.5) / (int(cumulative[place]) - before)
-
-    @property
-    def _cumulative(self) -> npt.NDArray[np.int64]:
-        return np.cumsum(self._counts)
 
     def _settle(self) -> None:
         """Bin the values that are pending."""
@@ -173,6 +173,7 @@ class LogHistogram:
             raise ValueError(f"from {least} to {most} are no finite values of at least 0")
         places = np.searchsorted(self.edges, values, side="right")
         np.add.at(self._counts, places, weights)
+        self._cumulative = None
         units = np.rint(values * _SUM_UNITS)
         if most * _SUM_UNITS * float(weights.sum()) < _LARGEST_SUM:
             self._total_units += int((units.astype(np.int64) * weights).sum())

@@ -30,10 +30,11 @@ PROFILE = Profile(
 
 
 def config_of(strategy: str = "round_robin", *, rate: float | None = 1.0, **changes: Any) -> SimulationConfig:
-    """A small configuration."""
-    return SimulationConfig(
-        profile=PROFILE, strategy=Strategy(name=strategy), workload=WorkloadConfig(requests=40, rate=rate), **changes
-    )
+    """A small configuration; without a rate, of a trace as it is."""
+    arrivals = "trace" if rate is None else "poisson"
+    trace_path = "trace.csv" if rate is None else None
+    workload = WorkloadConfig(requests=40, rate=rate, arrivals=arrivals, trace_path=trace_path)
+    return SimulationConfig(profile=PROFILE, strategy=Strategy(name=strategy), workload=workload, **changes)
 
 
 def outcome(request_id: str, *, arrived_s: float, **changes: Any) -> RequestOutcome:
@@ -53,7 +54,7 @@ def outcome(request_id: str, *, arrived_s: float, **changes: Any) -> RequestOutc
 
 def result_of(config: SimulationConfig, *, slowness: float = 1.0) -> SimulationResult:
     """What a run of ``config`` could have found: outputs ``slowness`` times as slow as usual, drawn by its seed."""
-    draw = np.random.default_rng(config.seed)
+    draw, chance = np.random.default_rng(config.seed), np.random.default_rng(config.seed)
     measurements = Measurements(config)
     uneven = slowness - 1.0
     for number in range(config.workload.requests):
@@ -67,12 +68,12 @@ def result_of(config: SimulationConfig, *, slowness: float = 1.0) -> SimulationR
             first_token_s=first_token_s,
             finished_s=first_token_s + tpot_s * (output_tokens - 1),
             output_tokens=output_tokens,
-            preemptions=int(draw.poisson(uneven)),
+            preemptions=int(chance.poisson(uneven)),
         )
         measurements.finished(record)
         measurements.gaps(np.full(output_tokens - 1, tpot_s), 1)
         measurements.preempted(record.preemptions)
-    for second in range(300):
+    for second in range(0, 300, 4):
         loads = {}
         for instance in range(config.decode_instances):
             tokens = int(8000 * (1 + uneven * np.sin(second / 40 + 2 * instance)) * min(1.0, second / 60))

@@ -24,8 +24,6 @@ from tests.sim.runs import config_of, result_of
 if TYPE_CHECKING:
     from starmesh.sim.run import Progress
 
-pytestmark = pytest.mark.fast
-
 
 def by_hand(config: SimulationConfig, *, progress: Callable[[Progress], None] | None = None) -> SimulationResult:
     """Stands for a simulation; "broken" raises, "killed" takes its process along."""
@@ -62,6 +60,7 @@ def test_results_come_in_order_and_the_second_time_from_the_cache(tmp_path: Path
     assert run_all(CONFIGS, cache_dir=tmp_path, simulate=never) == found[:4]
 
 
+@pytest.mark.fast
 def test_what_was_kept_answers_only_for_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("0.0,10,10\n")

@@ -71,7 +71,7 @@ class Axis:
             part = (math.log(max(value, self.low)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         else:
             part = (value - self.low) / (self.high - self.low)
-        return self.start + (self.end - self.start) * min(max(part, -0.02), 1.02)
+        return self.start + (self.end - self.start) * min(max(part, 0.0), 1.0)
 
     def ticks(self) -> list[float]:
         """Round values along it."""
@@ -89,13 +89,16 @@ def line_chart(
     x_ticks: Sequence[tuple[float, str]] = (),
     height: int = HEIGHT,
 ) -> str:
-    """Lines with their intervals as bands. ``log_y`` None decides by how far the values reach. ``references`` are
-    horizontal lines with a name; ``x_ticks`` are named places, instead of round ones."""
+    """Lines with their intervals as bands, of values of at least 0. ``log_y`` None decides by how far the values reach.
+    ``references`` are horizontal lines with a name; ``x_ticks`` are named places, instead of round ones."""
     lines = [line for line in lines if line.known]
     top, legend = _legend([(line.name, line.colour) for line in lines])
     xs = [point.x for line in lines for point in line.known]
-    ys = [y for line in lines for point in line.known for y in (point.y, point.low, point.high) if math.isfinite(y)]
-    ys += [value for value, _ in references]
+    values = [point.y for line in lines for point in line.known]
+    # A wide interval, of few seeds, must not flatten the lines: it is cut at half as much again as the highest value.
+    most = 1.5 * max(values, default=0.0)
+    highs = [min(point.high, most) for line in lines for point in line.known if math.isfinite(point.high)]
+    ys = [*values, *highs, *(value for value, _ in references)]
     if log_y is None:
         log_y = bool(ys) and min(ys) > 0 and max(ys) / min(ys) > 20
     x_axis = _spanning(xs, start=_LEFT, end=WIDTH - _RIGHT, log=False, from_zero=False)

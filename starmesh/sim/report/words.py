@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from starmesh.sim.config import Slo
@@ -21,14 +22,18 @@ ENOUGH: Final = 0.95
 
 
 def conclusions(summary: Summary) -> list[str]:
-    """Some sentences, the most important first; of strategies that move running requests against the best of those
-    that place a request once, or of all against each other where there is only one kind."""
+    """Some sentences, the last of them the answer in short. They set strategies that move running requests against the
+    best of those that place a request once, or, where there is only one kind, all against the best."""
     baseline, contenders = _sides(summary)
+    compared = [_compare(summary, contender, baseline) for contender in contenders]
     said = [_carried(summary, slo) for slo in summary.slos]
-    for contender in contenders:
-        said.extend(_against(summary, contender, baseline))
+    for comparison in compared:
+        said.extend(comparison.sentences())
     said.extend(_warnings(summary))
-    return [sentence for sentence in said if sentence]
+    if contenders:
+        best = _best(summary, contenders)
+        said.append(next(comparison for comparison in compared if comparison.contender == best).verdict())
+    return said
 
 
 def is_static(cell: Cell) -> bool:
@@ -86,51 +91,86 @@ def _carried(summary: Summary, slo: Slo) -> str:
                 break
             carried = load
         most[name] = carried
-    bounds = {name: load for name, load in most.items() if is_bound(summary.line(name)[0])}
-    policies = {name: load for name, load in most.items() if name not in bounds}
-    start = f"Within {slo_text(slo)} for {_share(ENOUGH)} of the requests, of the loads tried"
+    bounds = {name for name in most if is_bound(summary.line(name)[0])}
+    policies = {name: load for name, load in most.items() if name not in bounds} or most
+    within = f"Within {slo_text(slo)} for {_share(ENOUGH)} of the requests"
+    heaviest = known[-1]
+    if all(load == heaviest for load in policies.values()):
+        who = f"{_list(list(policies))} carries" if len(policies) == 1 else "all carry"
+        return f"{within}, {who} {heaviest:g}/s, the heaviest load tried."
     parts = [
         f"{_list([name for name, load in policies.items() if load == carried])} "
         + (f"not even {known[0]:g}/s" if carried is None else f"{carried:g}/s")
         for carried in sorted(set(policies.values()), key=lambda load: -(load or 0.0))
     ]
-    parts += [f"any policy at most what {name} does, {load or 0:g}/s" for name, load in bounds.items()]
-    return f"{start}: {'; '.join(parts)}."
+    bound = ""
+    for name in bounds:
+        if most[name] is None:
+            bound = "; nor could any other policy"
+        elif most[name] != heaviest:
+            bound = f"; no policy could carry more than {most[name]:g}/s"
+    return f"{within}, of the loads tried: {', '.join(parts)}{bound}."
 
 
-def _against(summary: Summary, contender: str, baseline: str) -> list[str]:
-    """What ``contender`` changes against ``baseline``, load by load."""
-    better: list[str] = []
-    worse: list[str] = []
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """What ``contender`` changes against ``baseline``: (where, what) that is better or worse, and where nothing is."""
+
+    contender: str
+    baseline: str
+    better: tuple[tuple[str, str], ...]
+    worse: tuple[tuple[str, str], ...]
+    same: tuple[str, ...]
+
+    def sentences(self) -> list[str]:
+        """In full."""
+        said = []
+        for changes, word in ((self.better, "better"), (self.worse, "worse")):
+            if changes:
+                parts = "; ".join(f"{where} {what}" for where, what in changes)
+                said.append(f"{self.contender} is {word} than {self.baseline}: {parts}.")
+        if self.same:
+            said.append(f"{self.contender} makes no difference to {self.baseline} {_list(self.same)}.")
+        return said
+
+    def verdict(self) -> str:
+        """In short."""
+        if not self.better:
+            reason = "is no better" if self.worse else "makes no difference"
+            return f"In short: {self.baseline} will do here; {self.contender} {reason}."
+        where, what = self.better[-1]
+        parts = [f"In short: {self.contender} rather than {self.baseline} gains {where} {what}"]
+        if self.same:
+            parts.append(f"nothing {_list(self.same)}")
+        if self.worse:
+            parts.append(f"and loses {_list([where for where, _ in self.worse])}")
+        return f"{', '.join(parts)}."
+
+
+def _compare(summary: Summary, contender: str, baseline: str) -> _Comparison:
+    """Load by load, where both were run."""
+    better: list[tuple[str, str]] = []
+    worse: list[tuple[str, str]] = []
     same: list[str] = []
+    metrics = (METRICS["tpot_p99"], *(goodput_metric(slo) for slo in summary.slos))
     for load in summary.loads:
         cell, other = summary.cell(contender, load), summary.cell(baseline, load)
         if cell is None or other is None:
             continue
-        changes = [
-            _change(cell, other, metric)
-            for metric in (METRICS["tpot_p99"], *(goodput_metric(slo) for slo in summary.slos))
-        ]
+        changes = [_change(cell, other, metric) for metric in metrics]
         good = [text for direction, text in changes if direction > 0]
         bad = [text for direction, text in changes if direction < 0]
         lost, kept = (_number(each.of(METRICS["preemptions"]).mean) for each in (other, cell))
         if lost >= 1 or kept >= 1:
             (good if kept < lost else bad if kept > lost else []).append(f"preemptions {lost:,.0f} to {kept:,.0f}")
-        where = "as the trace is" if load is None else f"at {load:g}/s"
+        where = "with the trace as it is" if load is None else f"at {load:g}/s"
         if good:
-            better.append(f"{where} {', '.join(good)}")
+            better.append((where, ", ".join(good)))
         if bad:
-            worse.append(f"{where} {', '.join(bad)}")
+            worse.append((where, ", ".join(bad)))
         if not good and not bad:
             same.append(where)
-    said = []
-    if better:
-        said.append(f"{contender} is better than {baseline}: {'; '.join(better)}.")
-    if worse:
-        said.append(f"{contender} is worse than {baseline}: {'; '.join(worse)}.")
-    if same:
-        said.append(f"{contender} makes no difference to {baseline} {_list(same)}.")
-    return said
+    return _Comparison(contender, baseline, tuple(better), tuple(worse), tuple(same))
 
 
 def _change(cell: Cell, other: Cell, metric: Metric) -> tuple[int, str]:
