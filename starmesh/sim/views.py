@@ -38,7 +38,7 @@ class _Reported:
     pending: dict[str, Reservation] = field(default_factory=dict)
     view: InstanceView | None = None
     request_ids: tuple[str, ...] = ()
-    facts: tuple[Integers, Integers, Integers] | None = None
+    facts: Integers | None = None
 
 
 class Views:
@@ -71,7 +71,7 @@ class Views:
         known = _Reported(instance, InstanceLoad(0, 0), self._loop.now_s)
         self._known[instance.info.instance_id] = known
         self._known = dict(sorted(self._known.items()))
-        self._report(known)
+        self._report([known])
 
     def remove(self, instance_id: str) -> None:
         """An instance is gone."""
@@ -98,65 +98,80 @@ class Views:
     def of(self, roles: Iterable[Role], *, without: str = "") -> ClusterView:
         """The instances of these roles, ordered by id; reservations of the request ``without`` left out."""
         wanted = frozenset(roles)
-        views = tuple(self._view(known) for known in self._known.values() if known.instance.info.role in wanted)
+        known = [each for each in self._known.values() if each.instance.info.role in wanted]
+        now_s = self._loop.now_s
+        self._report([each for each in known if now_s - each.reported_at_s >= self._interval_s])
+        views = tuple(map(_view, known))
         if without:
             views = tuple(_without(view, without) for view in views)
-        return ClusterView(self._loop.now_s, views)
+        return ClusterView(now_s, views)
 
     def load_now(self, instance_id: str) -> InstanceLoad:
         """An instance's own load with what is predicted of it, as of now."""
         known = self._known[instance_id]
-        self._report(known)
+        self._report([known])
         return known.load
 
     def loads(self, *, max_age_s: float) -> Mapping[str, InstanceLoad]:
         """The last reports of the decode instances, none older than that; for an onlooker, who is no part of the
         cluster and need not have new ones made."""
-        found: dict[str, InstanceLoad] = {}
-        for instance_id, known in self._known.items():
-            if known.instance.info.role is Role.DECODE:
-                if self._loop.now_s - known.reported_at_s > max_age_s:
-                    self._report(known)
-                found[instance_id] = known.load
+        known = {name: each for name, each in self._known.items() if each.instance.info.role is Role.DECODE}
+        self._report([each for each in known.values() if self._loop.now_s - each.reported_at_s > max_age_s])
+        return {name: each.load for name, each in known.items()}
+
+    def _report(self, reporting: list[_Reported]) -> None:
+        """These instances report. Together: one question to the predictor costs little more than for one of them."""
+        loads = [known.instance.load() for known in reporting]
+        sequences = [SequenceLoads.of(load.sequences) for load in loads]
+        predicted = self._predicted(reporting, sequences)
+        for known, load, listed in zip(reporting, loads, predicted, strict=True):
+            outgoing, incoming = self._migrations_of(known.instance.info.instance_id)
+            if listed is not load.sequences or outgoing or incoming:
+                load = dataclasses.replace(
+                    load, outgoing_migrations=outgoing, incoming_migrations=incoming, sequences=listed
+                )
+            if known.pending:
+                here = frozenset(listed.request_ids)
+                known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
+            known.load, known.reported_at_s, known.view = load, self._loop.now_s, None
+
+    def _predicted(self, reporting: list[_Reported], sequences: list[SequenceLoads]) -> list[SequenceLoads]:
+        """The same sequences with estimates, where there is a predictor and they decode."""
+        if self._predictor is None:
+            return sequences
+        asked = [
+            place
+            for place, (known, listed) in enumerate(zip(reporting, sequences, strict=True))
+            if known.instance.info.role is Role.DECODE and len(listed)
+        ]
+        if not asked:
+            return sequences
+        facts = np.concatenate([self._facts(reporting[place], sequences[place]) for place in asked], axis=1)
+        output = b"".join([sequences[place].columns[_OUTPUT_TOKENS] for place in asked])
+        answers = self._predictor.remaining(facts[0], np.frombuffer(output, dtype=np.int64), facts[1], facts[2])
+        estimates = [column.tobytes() for column in answers]
+        found, begin = list(sequences), 0
+        for place in asked:
+            listed = sequences[place]
+            end = begin + 8 * len(listed)
+            columns = list(listed.columns)
+            columns[_REMAINING : _REMAINING + 3] = [column[begin:end] for column in estimates]
+            found[place] = SequenceLoads.of_buffers(listed.request_ids, columns)
+            begin = end
         return found
 
-    def _view(self, known: _Reported) -> InstanceView:
-        if self._loop.now_s - known.reported_at_s >= self._interval_s:
-            self._report(known)
-        if known.view is None:
-            known.view = InstanceView(
-                known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values())
-            )
-        return known.view
-
-    def _report(self, known: _Reported) -> None:
-        load = known.instance.load()
-        sequences = SequenceLoads.of(load.sequences)
-        outgoing, incoming = self._migrations_of(known.instance.info.instance_id)
-        predicts = self._predictor is not None and known.instance.info.role is Role.DECODE and len(sequences) > 0
-        if predicts or outgoing or incoming:
-            load = dataclasses.replace(
-                load,
-                outgoing_migrations=outgoing,
-                incoming_migrations=incoming,
-                sequences=self._predicted(known, sequences) if predicts else sequences,
-            )
-        if known.pending:
-            here = frozenset(sequences.request_ids)
-            known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
-        known.load, known.reported_at_s, known.view = load, self._loop.now_s, None
-
-    def _predicted(self, known: _Reported, sequences: SequenceLoads) -> SequenceLoads:
-        assert self._predictor is not None
+    def _facts(self, known: _Reported, sequences: SequenceLoads) -> Integers:
+        """What the predictor is asked with, [3, sequences]; gathered anew when others run."""
         if known.facts is None or sequences.request_ids is not known.request_ids:
-            facts = np.array([self._facts_of(name) for name in sequences.request_ids], dtype=np.int64).T
-            known.facts = (facts[0].copy(), facts[1].copy(), facts[2].copy())
+            known.facts = np.array([self._facts_of(name) for name in sequences.request_ids], dtype=np.int64).T
             known.request_ids = sequences.request_ids
-        output = np.frombuffer(sequences.columns[_OUTPUT_TOKENS], dtype=np.int64)
-        predicted = self._predictor.remaining(known.facts[0], output, known.facts[1], known.facts[2])
-        columns = list(sequences.columns)
-        columns[_REMAINING : _REMAINING + 3] = [column.tobytes() for column in predicted]
-        return SequenceLoads.of_buffers(sequences.request_ids, columns)
+        return known.facts
+
+
+def _view(known: _Reported) -> InstanceView:
+    if known.view is None:
+        known.view = InstanceView(known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values()))
+    return known.view
 
 
 def _without(view: InstanceView, request_id: str) -> InstanceView:
