@@ -66,15 +66,17 @@ class BlockPool:
         """Take ``count`` blocks, evicting cached ones where needed. Raises OutOfBlocks, taking none."""
         if count > self.free_blocks:
             raise OutOfBlocks(f"{count} blocks asked for, {self.free_blocks} free")
-        block_ids = []
-        for _ in range(count):
-            if self._free:
-                block_id = self._free.pop()
-            else:
-                block_id, _ = self._evictable.popitem(last=False)
-                del self._block_of[self._digest_of.pop(block_id)]
-            self._references[block_id] = 1
+        if count < 1:
+            return []
+        block_ids = self._free[: -count - 1 : -1]
+        del self._free[-count:]
+        while len(block_ids) < count:
+            block_id, _ = self._evictable.popitem(last=False)
+            del self._block_of[self._digest_of.pop(block_id)]
             block_ids.append(block_id)
+        references = self._references
+        for block_id in block_ids:
+            references[block_id] = 1
         return block_ids
 
     def free(self, block_ids: Sequence[int]) -> None:
@@ -84,12 +86,14 @@ class BlockPool:
         """
         # The end of a sequence first: it is evicted before the beginning, which more prompts share and without which
         # the rest cannot be found.
+        references, digest_of = self._references, self._digest_of
         for block_id in reversed(block_ids):
-            if self._references[block_id] == 0:
+            left = references[block_id] = references[block_id] - 1
+            if left < 0:
+                references[block_id] = 0
                 raise IntegrityError(f"block {block_id} was freed twice")
-            self._references[block_id] -= 1
-            if self._references[block_id] == 0:
-                if block_id in self._digest_of:
+            if left == 0:
+                if block_id in digest_of:
                     self._evictable[block_id] = None
                 else:
                     self._free.append(block_id)

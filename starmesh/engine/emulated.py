@@ -117,15 +117,17 @@ class EmulatedExecutor:
         """Let the step's time pass."""
         self._wait(step_duration_s(self._cost, batch) * self._noise.factor(self.steps))
         self.steps += 1
-        return StepResult(tuple(map(self._token, batch.items)))
+        return StepResult(tuple(map(self._sampled, batch.items)))
 
     def next_durations_s(self, sequences: int, resident_tokens: int, steps: int) -> npt.NDArray[np.float64]:
         """How long its next ``steps`` steps would take; arguments and result as of ``decode_durations_s``."""
         quiet_s = decode_durations_s(self._cost, sequences, resident_tokens, steps)
         return quiet_s * self._noise.factors(self.steps, steps)
 
-    def _token(self, item: BatchItem) -> int | None:
-        if item.history is None:
-            return None
-        position = len(item.history)
+    def next_token_id(self, item: BatchItem) -> int:
+        """The token that follows an item's history."""
+        position = len(item.history or ())
         return EOS_TOKEN_ID if position + 1 >= self._ends_at(item) else output_token_id(position)
+
+    def _sampled(self, item: BatchItem) -> int | None:
+        return None if item.history is None else self.next_token_id(item)

@@ -165,6 +165,16 @@ class EngineCore:
         """Its scheduler, to be read: every change of it is a call of the core."""
         return self._scheduler
 
+    @property
+    def step_duration_s(self) -> float:
+        """Exponential average of the durations of its steps."""
+        return self._step_duration_s
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that it has put out."""
+        return self._output_tokens
+
     def add(self, spec: SequenceSpec, *, hold: bool = False) -> None:
         """Queue a sequence to be computed from its tokens (prompt, and outputs of a recovered one).
 
@@ -278,8 +288,34 @@ class EngineCore:
         self._settle()
         return outputs
 
+    def take_token(self, sequence: Sequence, token_id: int, hidden_state: Any = None) -> SequenceOutput:
+        """Give a running sequence its next token, and end or hold it if that is due. ``step`` does so, and a simulator
+        for steps that it makes by itself."""
+        offset = sequence.output_tokens
+        try:
+            finish_reason = self._finish_reason(sequence, token_id)
+        except Exception as error:
+            logger.exception("the stop checker of %s failed", sequence.request_id)
+            return self._give_up(sequence, error)
+        sequence.token_ids.append(token_id)
+        self._output_tokens += 1
+        if finish_reason is not None:
+            self._scheduler.remove(sequence.request_id)
+        elif sequence.hold:
+            self._scheduler.hold(sequence)
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            epoch=sequence.epoch,
+            offset=offset,
+            token_ids=(token_id,),
+            finish_reason=finish_reason,
+            hidden_state=hidden_state,
+            cached_tokens=sequence.cached_tokens,
+            queue_duration_s=sequence.queue_duration_s or 0.0,
+        )
+
     def note_steps(self, durations_s: Iterable[float], output_tokens: int) -> None:
-        """Count steps that a simulator has made by itself, with the tokens that they put out in all."""
+        """Count steps that a simulator has made by itself, and the tokens of those that went on with them."""
         for duration_s in durations_s:
             self._note_step(duration_s)
         self._output_tokens += output_tokens
@@ -327,32 +363,7 @@ class EngineCore:
             self._scheduler.advance(sequence, chunk.tokens)
             if sample is None:
                 continue
-            token_id, hidden_state = sample
-            offset = sequence.output_tokens
-            try:
-                finish_reason = self._finish_reason(sequence, token_id)
-            except Exception as error:
-                logger.exception("the stop checker of %s failed", sequence.request_id)
-                outputs.append(self._give_up(sequence, error))
-                continue
-            sequence.token_ids.append(token_id)
-            self._output_tokens += 1
-            outputs.append(
-                SequenceOutput(
-                    request_id=sequence.request_id,
-                    epoch=sequence.epoch,
-                    offset=offset,
-                    token_ids=(token_id,),
-                    finish_reason=finish_reason,
-                    hidden_state=hidden_state,
-                    cached_tokens=sequence.cached_tokens,
-                    queue_duration_s=sequence.queue_duration_s or 0.0,
-                )
-            )
-            if finish_reason is not None:
-                self._scheduler.remove(sequence.request_id)
-            elif sequence.hold:
-                self._scheduler.hold(sequence)
+            outputs.append(self.take_token(sequence, *sample))
         return outputs
 
     def _batch_item(self, chunk: Chunk) -> BatchItem:

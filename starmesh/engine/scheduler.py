@@ -231,16 +231,20 @@ class Scheduler:
         )
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether the next step computes one token of each running sequence and admits nobody, if it finds blocks for
-        all of them. So do those after it then, until a sequence ends or something is asked of the engine: meanwhile
-        nothing frees blocks. (Without prefix caching: a waiting sequence may find blocks there.)"""
-        if self._prefix_caching or not 1 <= len(self.running) <= self._max_step_tokens:
+    def all_decode(self) -> bool:
+        """Whether there is a batch, and each sequence in it has one token to compute and goes on here after it."""
+        if not 1 <= len(self.running) <= self._max_step_tokens:
             return False
-        if any(sequence.hold or sequence.uncomputed_tokens != 1 for sequence in self.running):
-            return False
+        return not any(sequence.hold or sequence.uncomputed_tokens != 1 for sequence in self.running)
+
+    @property
+    def admits_nobody(self) -> bool:
+        """Whether no step admits a waiting sequence until one of those that run ends or something is asked of the
+        engine: meanwhile nothing frees blocks. (With prefix caching nobody knows: it may find blocks there.)"""
         if not self.waiting or len(self.running) + len(self.incoming) >= self._max_sequences:
             return True
+        if self._prefix_caching:
+            return False
         return self.pool.blocks_for(self.waiting[0].tokens) + self._kept_free > self.pool.free_blocks
 
     def advance(self, sequence: Sequence, tokens: int) -> None:

@@ -29,7 +29,8 @@ from starmesh.sequence_loads import SequenceLoads
 from starmesh.sim.events import Event, EventLoop
 from starmesh.sim.leap import Leap, plan_leap
 from starmesh.sim.leaping_sequence import OwingPool, SharedSteps
-from starmesh.sim.token_times import TokenTimes
+from starmesh.sim.roster import Roster
+from starmesh.sim.token_times import SharedTimes, TokenTimes
 from starmesh.types import InstanceInfo, InstanceLoad, SequenceSpec
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class SimulatedInstance:
         self._loop = loop
         self._order = 1 + stream
         self._token_times = token_times
+        self._shared_times = SharedTimes(token_times)
         self._listener = listener
         self._clock = VirtualClock(loop.now_s)
         self._executor = EmulatedExecutor(
@@ -109,6 +111,7 @@ class SimulatedInstance:
         self._outputs: list[SequenceOutput] = []  # of the step under way
         self._every_step = every_step
         self._leap: Leap | None = None  # the steps under way
+        self._roster = Roster(self._core, self._shared)
 
     def __repr__(self) -> str:
         return f"<SimulatedInstance {self.info.instance_id} {self._core!r}>"
@@ -132,6 +135,7 @@ class SimulatedInstance:
                 result: T | SchedulingError | ValueError = do(self._core)
             except (SchedulingError, ValueError) as error:
                 result = error
+            self._look_at_sequences()
             if done is not None:
                 done(result)
 
@@ -150,15 +154,19 @@ class SimulatedInstance:
 
     def load(self) -> InstanceLoad:
         """The load after the step under way, without estimates; its sequences in columns."""
-        load = self.core.load()
-        return replace(load, sequences=SequenceLoads.of(load.sequences))
+        if self._every_step:
+            load = self._core.load()
+            return replace(load, sequences=SequenceLoads.of(load.sequences))
+        self._catch_up()
+        return self._look_at_sequences().load()
 
     def kill(self) -> None:
         """Have nothing of it happen any more; calls that wait are dropped."""
-        self._cut_leap()
-        if self._leap is not None:
-            self._note_tokens(self._leap.request_ids, self._leap.ends_s[: self._leap.made - 1])
-            self._leap = None
+        self._catch_up()
+        leap, self._leap = self._leap, None
+        if leap is not None and leap.made > 1:
+            self._note_tokens(leap.request_ids, leap.ends_s[: leap.made - 1])
+        self._shared_times.settle()
         self.alive = False
         self._calls.clear()
         if self._turn is not None:
@@ -180,26 +188,29 @@ class SimulatedInstance:
     def _end_step(self) -> None:
         self._catch_up()
         leap, self._leap = self._leap, None
-        if leap is not None:
-            self._note_tokens(leap.request_ids, leap.ends_s[: leap.made])
-            return
         outputs, self._outputs = self._outputs, []
-        got = [output.request_id for output in outputs if output.token_ids]
-        if not got:
-            return
-        self._note_tokens(got, np.array([self._loop.now_s]))
+        if leap is not None:
+            self._note_tokens(leap.request_ids, leap.ends_s)
+            outputs = leap.outputs
+            if outputs:  # they have left the batch when the step began, but they had this token to come
+                self._shared_times.settle()
+        elif outputs:
+            self._note_tokens([output.request_id for output in outputs], np.array([self._loop.now_s]))
+        self._look_at_sequences()
         left = [output for output in outputs if self._has_left(output)]
         if left and self.alive:
             self._listener.outputs(self, left)
 
     def _note_tokens(self, request_ids: list[str], ends_s: npt.NDArray[np.float64]) -> None:
-        if not len(ends_s):
-            return
-        first_gaps_s = self._token_times.tokens(request_ids, ends_s)
-        if first_gaps_s:
-            self._listener.gaps(self, np.array(first_gaps_s), 1)
-        if len(ends_s) > 1:
-            self._listener.gaps(self, ends_s[1:] - ends_s[:-1], len(request_ids))
+        for gaps_s, sequences in self._shared_times.tokens(request_ids, ends_s):
+            self._listener.gaps(self, gaps_s, sequences)
+
+    def _look_at_sequences(self) -> Roster:
+        """What its sequences come to now."""
+        if self._roster.version != self._shared.version:
+            self._shared_times.settle()
+            self._roster = Roster(self._core, self._shared)
+        return self._roster
 
     def _run_calls(self) -> None:
         if self._calls:
@@ -211,7 +222,9 @@ class SimulatedInstance:
         """Begin as many steps at once as can be; False for none."""
         if self._every_step:
             return False
-        self._leap = plan_leap(self._core, self._executor, self._shared, now_s=self._loop.now_s)
+        self._leap = plan_leap(
+            self._core, self._executor, self._shared, self._look_at_sequences(), now_s=self._loop.now_s
+        )
         if self._leap is None:
             return False
         self._turn = self._loop.at(float(self._leap.ends_s[-1]), self._take_turn, order=self._order)
@@ -226,7 +239,7 @@ class SimulatedInstance:
         side: Literal["left", "right"] = "right" if self._loop.passed(now_s, self._order) else "left"
         ended = int(np.searchsorted(self._leap.ends_s, now_s, side=side))
         steps = min(ended + 1, len(self._leap.ends_s))
-        self._leap.advance(steps, self._core, self._executor, self._shared)
+        self._leap.advance(steps)
 
     def _cut_leap(self) -> None:
         """Have the leap end with the step under way."""

@@ -1,14 +1,16 @@
-"""Sequences that make steps together without being told one by one: what a leap of an instance costs no more than.
+"""Sequences that make steps together without being told one by one: why a leap of an instance costs so little.
 
-Owns how far a sequence of an instance is, when it is looked at. While sequences decode, each step does the same to all
-that run: a token more, one more computed, and now and then a block. So an instance counts those steps once
-(``SharedSteps``), and a running sequence makes up for them when somebody reads it. The scheduler does not see the
-difference.
+Owns how far a sequence of an instance is. While sequences decode, each step does the same to all that run: a token
+more, one more computed, and now and then a block. So an instance counts those steps once (``SharedSteps``), and a
+running sequence knows only by how much it differs from that count. Blocks are owed to it until somebody looks at them.
+The scheduler does not see the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence
+from collections.abc import Sequence as Items
+from functools import lru_cache
 
 from starmesh.engine.block_pool import BlockPool, IntegrityError
 from starmesh.engine.sequence import Sequence, SequenceStatus
@@ -17,11 +19,16 @@ from starmesh.types import SequenceSpec
 
 
 class OwingPool(BlockPool):
-    """A block pool that may owe blocks: they count as taken, and are handed out when their holder looks for them."""
+    """A block pool that may owe blocks: they count as taken, and are handed out when their holder looks for them.
+
+    ``freed`` counts the block tables that were given up.
+    """
 
     def __init__(self, total_blocks: int, *, block_tokens: int) -> None:
         super().__init__(total_blocks, block_tokens=block_tokens)
+        self._free = list(_free_ids(total_blocks))
         self._owed_blocks = 0
+        self.freed = 0
 
     def __repr__(self) -> str:
         return f"<OwingPool free={self.free_blocks} of {self.total_blocks}, {self._owed_blocks} owed>"
@@ -30,11 +37,15 @@ class OwingPool(BlockPool):
     def free_blocks(self) -> int:
         return super().free_blocks - self._owed_blocks
 
+    def free(self, block_ids: Items[int]) -> None:
+        self.freed += 1
+        super().free(block_ids)
+
     def owe(self, blocks: int) -> None:
         """Count ``blocks`` more as taken. Raises IntegrityError for more than are free."""
         self._owed_blocks += blocks
         if self.free_blocks < 0:
-            raise IntegrityError(f"{self!r} owes {self._owed_blocks} blocks")
+            raise IntegrityError(f"{self!r} owes blocks that it does not have")
 
     def settle(self, blocks: int) -> list[int]:
         """Hand out ``blocks`` of those owed."""
@@ -42,15 +53,37 @@ class OwingPool(BlockPool):
         return self.allocate(blocks)
 
 
+@lru_cache(maxsize=4)
+def _free_ids(total_blocks: int) -> tuple[int, ...]:
+    # The numbers of millions of blocks are kept once for all instances.
+    return tuple(range(total_blocks - 1, -1, -1))
+
+
+class _Still:
+    """The pace of a sequence that does not run."""
+
+    made = 0
+
+
+_STILL = _Still()
+
+
 class SharedSteps:
     """How many steps all running sequences of an instance have made together, on blocks that ``pool`` owes them.
 
-    ``ends_at`` says at how many tokens, prompt included, a sequence ends, if it ends there."""
+    ``ends_at`` says at how many tokens, prompt included, a sequence ends, if it ends there.
+    """
 
     def __init__(self, pool: OwingPool, *, ends_at: Callable[[SequenceSpec], int]) -> None:
         self.made = 0
         self.pool = pool
+        self.changes = 0
         self._ends_at = ends_at
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs once anything about the instance's sequences has changed but by shared steps."""
+        return (self.changes, self.pool.freed)
 
     def sequence(self, spec: SequenceSpec, *, arrival: int, queued_at_s: float, hold: bool = False) -> LeapingSequence:
         """A new sequence that waits, as ``Sequence.from_spec``."""
@@ -60,15 +93,17 @@ class SharedSteps:
 class LeapingSequence(Sequence):
     """A sequence whose progress is ``SharedSteps``' while it runs. Its tokens are counted, not kept."""
 
-    __slots__ = ("_block_ids", "_computed_tokens", "_seen_steps", "_shared", "_status", "_token_count", "ends_at")
+    __slots__ = ("_block_ids", "_computed_tokens", "_ends_at", "_pace", "_shared", "_status", "_tokens")
 
     def __init__(
         self, spec: SequenceSpec, shared: SharedSteps, ends_at: int, *, arrival: int, queued_at_s: float, hold: bool
     ) -> None:
-        self.ends_at = ends_at
+        self._ends_at = ends_at
         self._shared = shared
-        self._seen_steps = 0
+        self._pace: SharedSteps | _Still = _STILL
         self._status = SequenceStatus.WAITING
+        # Both less the steps that its pace has made.
+        self._tokens = spec.tokens
         self._computed_tokens = 0
         self._block_ids: list[int] = []
         super().__init__(
@@ -83,42 +118,37 @@ class LeapingSequence(Sequence):
             queued_at_s=queued_at_s,
         )
 
-    def _catch_up(self) -> None:
-        made = self._shared.made
-        if self._status is SequenceStatus.RUNNING and made != self._seen_steps:
-            self._token_count.length += made - self._seen_steps
-            self._computed_tokens += made - self._seen_steps
-            self._seen_steps = made
-
     @property
     def status(self) -> SequenceStatus:
         return self._status
 
     @status.setter
     def status(self, status: SequenceStatus) -> None:
-        # What it holds when it leaves the batch is what it had then; what it joins is counted from now on.
+        # What it holds when it leaves the batch is what it had then; from when it joins, it goes with the others.
         self._settle_blocks()
+        made, self._pace = self._pace.made, self._shared if status is SequenceStatus.RUNNING else _STILL
+        self._tokens += made - self._pace.made
+        self._computed_tokens += made - self._pace.made
         self._status = status
-        self._seen_steps = self._shared.made
+        self._shared.changes += 1
 
     @property
     def token_ids(self) -> MutableSequence[int]:
-        self._catch_up()
-        return self._token_count
+        return _Tokens(self)
 
     @token_ids.setter
     def token_ids(self, token_ids: MutableSequence[int]) -> None:
-        self._token_count = TokenCount(len(token_ids))
+        self._tokens = len(token_ids) - self._pace.made
+        self._shared.changes += 1
 
     @property
     def computed_tokens(self) -> int:
-        self._catch_up()
-        return self._computed_tokens
+        return self._computed_tokens + self._pace.made
 
     @computed_tokens.setter
     def computed_tokens(self, computed_tokens: int) -> None:
-        self._catch_up()
-        self._computed_tokens = computed_tokens
+        self._computed_tokens = computed_tokens - self._pace.made
+        self._shared.changes += 1
 
     @property
     def block_ids(self) -> list[int]:
@@ -128,38 +158,29 @@ class LeapingSequence(Sequence):
     @block_ids.setter
     def block_ids(self, block_ids: list[int]) -> None:
         self._block_ids = block_ids
-
-    def _settle_blocks(self) -> None:
-        self._catch_up()
-        missing = self._shared.pool.blocks_for(self._computed_tokens) - len(self._block_ids)
-        if missing > 0:
-            self._block_ids += self._shared.pool.settle(missing)
-
-    @property
-    def steps_left(self) -> int:
-        """Steps until it ends, the one in which it does included; at least 1."""
-        return max(1, self.ends_at - self.tokens)
-
-    @property
-    def room_tokens(self) -> int:
-        """Tokens more that the blocks hold which it has or is owed."""
-        self._catch_up()
-        bare = len(self._block_ids) * self._shared.pool.block_tokens - self._computed_tokens
-        return bare if bare >= 0 else bare % self._shared.pool.block_tokens
+        self._shared.changes += 1
 
     @property
     def tokens(self) -> int:
-        self._catch_up()
-        return self._token_count.length
+        return self._tokens + self._pace.made
 
     @property
     def output_tokens(self) -> int:
-        return self.tokens - self.prompt_tokens
+        return self._tokens + self._pace.made - self.prompt_tokens
 
     @property
     def uncomputed_tokens(self) -> int:
-        # A step shared makes no difference to it.
-        return self._token_count.length - self._computed_tokens
+        return self._tokens - self._computed_tokens
+
+    @property
+    def ends_made(self) -> int:
+        """Of a running one: how many shared steps are made when it ends, if it makes all its steps with the others."""
+        return self._ends_at - self._tokens
+
+    @property
+    def full_made(self) -> int:
+        """Of a running one: how many shared steps are made when its block table, as it is, holds no token more."""
+        return len(self._block_ids) * self._shared.pool.block_tokens - self._computed_tokens
 
     def spec(self) -> SequenceSpec:
         """As ``Sequence.spec``, with counts for tokens."""
@@ -171,3 +192,25 @@ class LeapingSequence(Sequence):
             sampling=self.sampling,
             priority=self.priority,
         )
+
+    def _settle_blocks(self) -> None:
+        missing = self._shared.pool.blocks_for(self.computed_tokens) - len(self._block_ids)
+        if missing > 0:
+            self._block_ids += self._shared.pool.settle(missing)
+
+
+class _Tokens(TokenCount):
+    """The tokens of a sequence as it goes on."""
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, sequence: LeapingSequence) -> None:
+        self._sequence = sequence
+
+    @property
+    def length(self) -> int:
+        return self._sequence.tokens
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._sequence.token_ids = TokenCount(length)

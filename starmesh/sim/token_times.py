@@ -11,35 +11,76 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+Times = npt.NDArray[np.float64]
+
 
 class TokenTimes:
-    """By request id; up to date for a request whenever an instance tells of an output of it or answers a call."""
+    """By request id; up to date for a request once the instance has told that it has left its batch."""
 
     def __init__(self) -> None:
         self._last_s: dict[str, float] = {}
         self._longest_gap_s: dict[str, float] = {}
 
-    def tokens(self, request_ids: Iterable[str], ends_s: npt.NDArray[np.float64]) -> list[float]:
-        """Each of these requests got a token at each of ``ends_s`` (ascending, at least one).
-
-        Returns the gap before the first of them for each request that had a token before, in order; the gaps between
-        are the differences of ``ends_s``.
-        """
-        first_s, last_s = float(ends_s[0]), float(ends_s[-1])
-        longest_s = float(np.max(ends_s[1:] - ends_s[:-1])) if len(ends_s) > 1 else 0.0
+    def token(self, request_ids: Iterable[str], at_s: float) -> list[float]:
+        """Each of these requests got a token at ``at_s``. Returns the gap before it for each that had one before, in
+        order."""
         gaps_s = []
         for request_id in request_ids:
             before_s = self._last_s.get(request_id)
-            self._last_s[request_id] = last_s
-            gap_s = longest_s
-            if before_s is not None:
-                gaps_s.append(first_s - before_s)
-                gap_s = max(gap_s, gaps_s[-1])
-            if gap_s > self._longest_gap_s.get(request_id, 0.0):
-                self._longest_gap_s[request_id] = gap_s
+            self._last_s[request_id] = at_s
+            if before_s is None:
+                continue
+            gaps_s.append(at_s - before_s)
+            if gaps_s[-1] > self._longest_gap_s.get(request_id, 0.0):
+                self._longest_gap_s[request_id] = gaps_s[-1]
         return gaps_s
+
+    def catch_up(self, request_ids: Iterable[str], last_s: float, longest_gap_s: float) -> None:
+        """Each of these requests has got tokens up to ``last_s``, no further apart than ``longest_gap_s``."""
+        for request_id in request_ids:
+            self._last_s[request_id] = last_s
+            if longest_gap_s > self._longest_gap_s.get(request_id, 0.0):
+                self._longest_gap_s[request_id] = longest_gap_s
 
     def forget(self, request_id: str) -> float:
         """The longest gap between two tokens of a request that has ended, in seconds; 0 for one without any."""
         self._last_s.pop(request_id, None)
         return self._longest_gap_s.pop(request_id, 0.0)
+
+
+class SharedTimes:
+    """The token times of requests that get their tokens together: kept once, until one leaves or another joins."""
+
+    def __init__(self, times: TokenTimes) -> None:
+        self._times = times
+        self._request_ids: list[str] = []
+        self._last_s = 0.0
+        self._longest_gap_s = 0.0
+
+    def tokens(self, request_ids: list[str], ends_s: Times) -> list[tuple[Times, int]]:
+        """Each of these requests got a token at each of ``ends_s`` (ascending, at least one). The very same list as the
+        last time says that nobody has left or joined.
+
+        Returns gaps between tokens, and for how many requests each is.
+        """
+        gaps: list[tuple[Times, int]] = []
+        if request_ids is not self._request_ids:
+            self.settle()
+            self._last_s = float(ends_s[0])
+            first_gaps_s = self._times.token(request_ids, self._last_s)
+            if first_gaps_s:
+                gaps.append((np.array(first_gaps_s), 1))
+            self._request_ids = request_ids
+            ends_s = ends_s[1:]
+        if len(ends_s):
+            gaps_s = np.diff(ends_s, prepend=self._last_s)
+            gaps.append((gaps_s, len(request_ids)))
+            self._last_s = float(ends_s[-1])
+            self._longest_gap_s = max(self._longest_gap_s, float(gaps_s.max()))
+        return gaps
+
+    def settle(self) -> None:
+        """Somebody leaves or joins: bring ``TokenTimes`` up to date."""
+        if self._longest_gap_s > 0.0:
+            self._times.catch_up(self._request_ids, self._last_s, self._longest_gap_s)
+        self._request_ids, self._longest_gap_s = [], 0.0
