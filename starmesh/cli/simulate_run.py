@@ -132,7 +132,7 @@ def _intention(plan: SimulatePlan, processes: int) -> str:
         f"instance{'s' if first.prefill_instances > 1 else ''} of {first.profile.name} "
         f"({first.profile.kv_tokens:,} tokens of KV memory each), {lengths} {load}: "
         f"{_count(len(configs), 'run')}{'s' if len(configs) > 1 else ''} on up to {processes} "
-        f"process{'es' if processes > 1 else ''}. At best this cluster carries about {plan.saturation_rate:.2g} "
+        f"process{'es' if processes > 1 else ''}. At best this cluster carries about {float(f'{plan.saturation_rate:.2g}'):g} "
         "requests/s."
     )
 

@@ -235,7 +235,8 @@ def _explain(failures: Sequence[_Failure], cache_dir: Path | None) -> str:
     directory.mkdir(exist_ok=True)
     path = directory / f"{first.key}.json"
     _write(path, config_to_json(first.config))
-    others = f" (and {len(failures) - 1} others)" if len(failures) > 1 else ""
+    more = len(failures) - 1
+    others = f" (and {more} other{'s' if more > 1 else ''})" if more else ""
     return f"{describe(first.config)}{others} failed: {first.why}; to run it alone: starmesh simulate --replay {path}"
 
 

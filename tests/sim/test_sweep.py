@@ -88,7 +88,7 @@ def test_a_failure_names_the_run_and_the_others_are_kept(tmp_path: Path) -> None
     with pytest.raises(SweepError) as failed:
         run_all(configs, processes=1, cache_dir=tmp_path, simulate=by_hand)
     said = str(failed.value)
-    assert "broken, 1 requests/s, 3 decode, seed 0 (and 1 others) failed: ValueError: no such thing as this;" in said
+    assert "broken, 1 requests/s, 3 decode, seed 0 (and 1 other) failed: ValueError: no such thing as this;" in said
     path = Path(said.rpartition("starmesh simulate --replay ")[2])
     assert config_from_json(path.read_text()) == configs[0]
     assert run_all([CONFIGS[0]], cache_dir=tmp_path, simulate=never)[0].config == CONFIGS[0]

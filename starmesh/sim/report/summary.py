@@ -138,13 +138,20 @@ class Cell:
 
     def ratio_to(self, other: Cell, metric: Metric) -> Interval:
         """How many times ``other``'s value this one's is, seed by seed: the same seed is the same workload."""
+        return ratio_interval(self._pairs(other, metric))
+
+    def difference_to(self, other: Cell, metric: Metric) -> Interval:
+        """How much more than ``other``'s value this one's is, seed by seed."""
+        return interval([after - before for before, after in self._pairs(other, metric)])
+
+    def _pairs(self, other: Cell, metric: Metric) -> list[tuple[float, float]]:
+        """(``other``'s value, this one's) for each seed that both have."""
         by_seed = {result.config.seed: metric.value(result) for result in other.results}
-        pairs = [
+        return [
             (by_seed[result.config.seed], metric.value(result))
             for result in self.results
             if result.config.seed in by_seed
         ]
-        return ratio_interval(pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,18 +130,18 @@ class _Comparison:
                 parts = "; ".join(f"{where} {what}" for where, what in changes)
                 said.append(f"{self.contender} is {word} than {self.baseline}: {parts}.")
         if self.same:
-            said.append(f"{self.contender} makes no difference to {self.baseline} {_list(self.same)}.")
+            said.append(f"{self.contender} cannot be told from {self.baseline} {_list(self.same)}.")
         return said
 
     def verdict(self) -> str:
         """In short."""
         if not self.better:
-            reason = "is no better" if self.worse else "makes no difference"
+            reason = "is no better" if self.worse else "cannot be told from it"
             return f"In short: {self.baseline} will do here; {self.contender} {reason}."
         where, what = self.better[-1]
         parts = [f"In short: {self.contender} rather than {self.baseline} gains {where} {what}"]
         if self.same:
-            parts.append(f"nothing {_list(self.same)}")
+            parts.append(f"nothing for sure {_list(self.same)}")
         if self.worse:
             parts.append(f"and loses {_list([where for where, _ in self.worse])}")
         return f"{', '.join(parts)}."
@@ -160,9 +160,10 @@ def _compare(summary: Summary, contender: str, baseline: str) -> _Comparison:
         changes = [_change(cell, other, metric) for metric in metrics]
         good = [text for direction, text in changes if direction > 0]
         bad = [text for direction, text in changes if direction < 0]
-        lost, kept = (_number(each.of(METRICS["preemptions"]).mean) for each in (other, cell))
-        if lost >= 1 or kept >= 1:
-            (good if kept < lost else bad if kept > lost else []).append(f"preemptions {lost:,.0f} to {kept:,.0f}")
+        fewer = cell.difference_to(other, METRICS["preemptions"])
+        if abs(fewer.mean) >= 1 and fewer.excludes_zero:
+            lost, kept = (each.of(METRICS["preemptions"]).mean for each in (other, cell))
+            (good if kept < lost else bad).append(f"preemptions {lost:,.0f} to {kept:,.0f}")
         where = "with the trace as it is" if load is None else f"at {load:g}/s"
         if good:
             better.append((where, ", ".join(good)))
