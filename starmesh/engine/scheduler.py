@@ -7,7 +7,8 @@ time comes in as data, and the same calls make the same schedules.
 Why it always makes progress: a waiting sequence is admitted only with the blocks of all its tokens, so that a prompt
 never runs dry between its chunks; a decoding sequence that needs a block takes it from those that are preempted before
 it, and last of all is the one of highest rank, so that one runs in every step until it ends (blocks held for pullers or
-for incoming sequences excepted: leases end those); and no sequence outgrows the pool on its own (``limit_tokens``).
+for incoming sequences excepted: leases end those); one that was preempted is held back no longer than anyone of higher
+rank runs; and no sequence outgrows the pool on its own (``limit_tokens``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from starmesh.engine.block_pool import BlockPool, block_digest
+from starmesh.engine.expected_ends import ExpectedEnds
 from starmesh.engine.sequence import MakeSequence, Sequence, SequenceStatus
 from starmesh.types import SequenceSpec
 
@@ -109,7 +111,8 @@ class Scheduler:
         self._watermark_blocks = int(watermark * pool.total_blocks)
         self._make_sequence = make_sequence
         self._arrivals = 0
-        self._expected_tokens: Mapping[str, int] = {}
+        self._expected = ExpectedEnds({})
+        self._held_back: Sequence | None = None  # waits until a sequence leaves, or more is known
 
     def limit_tokens(self, *, hold: bool) -> int:
         """Tokens at which a sequence ends here: the context length, or what the whole pool holds if that is less.
@@ -176,28 +179,14 @@ class Scheduler:
 
     def expect(self, expected_tokens: Mapping[str, int]) -> None:
         """Go by this from now on: at how many tokens, prompt and output, requests are expected to end. Of one that is
-        missing nothing is known. Only ``preempted_first`` depends on it. The mapping is kept, not copied."""
-        self._expected_tokens = expected_tokens
+        missing nothing is known. Who is preempted first and when it comes back depend on it, nothing else. The mapping
+        is kept, not copied."""
+        self._expected = ExpectedEnds(expected_tokens)
+        self._held_back = None
 
     def preempted_first(self) -> list[Sequence]:
-        """The running sequences in the order in which they would be preempted: of the lowest priority those that are
-        expected to run longest, of equals the younger one; where nothing is known of any, the youngest.
-
-        To free memory for long a preemption must hit what would stay long. What is about to end would be back at once,
-        with all of its tokens to compute anew, and an answer that is long anyway spreads the wait over more tokens. One
-        of which nothing is known may run to its limit. The one of highest rank comes last, however long it runs.
-        """
-        known = {sequence: self._expected_tokens.get(sequence.request_id) for sequence in self.running[:0:-1]}
-        if all(expected is None for expected in known.values()):
-            return self.running[::-1]
-
-        def last(sequence: Sequence) -> tuple[int, int]:
-            expected, limit = known[sequence], sequence.prompt_tokens + sequence.sampling.max_output_tokens
-            ends = limit if expected is None else min(expected, limit)
-            return (sequence.priority, -max(0, ends - sequence.tokens))
-
-        # Sorting is stable: equals stay the youngest first.
-        return [*sorted(known, key=last), self.running[0]]
+        """The running sequences in the order in which they would be preempted."""
+        return self._expected.preempted_first(self.running)
 
     def schedule(self) -> Schedule:
         """Choose the next step: every decoding sequence, then prompts in progress, then waiting sequences."""
@@ -235,7 +224,10 @@ class Scheduler:
         """Whether there is a batch, and each sequence in it has one token to compute and goes on here after it."""
         if not 1 <= len(self.running) <= self._max_step_tokens:
             return False
-        return not any(sequence.hold or sequence.uncomputed_tokens != 1 for sequence in self.running)
+        for sequence in self.running:  # noqa: SIM110  a simulator asks often, and a generator takes twice as long
+            if sequence.hold or sequence.uncomputed_tokens != 1:
+                return False
+        return True
 
     @property
     def admits_nobody(self) -> bool:
@@ -245,7 +237,8 @@ class Scheduler:
             return True
         if self._prefix_caching:
             return False
-        return self.pool.blocks_for(self.waiting[0].tokens) + self._kept_free > self.pool.free_blocks
+        blocks = self.pool.blocks_for(self.waiting[0].tokens)
+        return blocks + self._kept_free > self.pool.free_blocks or not self._may_come_back(self.waiting[0])
 
     def advance(self, sequence: Sequence, tokens: int) -> None:
         """Note that the KV of the next ``tokens`` tokens is computed."""
@@ -259,7 +252,7 @@ class Scheduler:
 
     def hold(self, sequence: Sequence) -> None:
         """Take a running sequence out of the batch and keep its blocks."""
-        self.running.remove(sequence)
+        self._leave(sequence)
         sequence.status = SequenceStatus.HELD
 
     def resume(self, request_id: str, epoch: int | None = None) -> None:
@@ -295,11 +288,12 @@ class Scheduler:
         if isinstance(known, Sequence):
             del self.sequences[request_id]
             if known.status is SequenceStatus.RUNNING:
-                self.running.remove(known)
+                self._leave(known)
             elif known.status is SequenceStatus.WAITING:
                 self.waiting.remove(known)
         else:
             del self.incoming[request_id]
+        self._held_back = None
         self.pool.free(known.block_ids)
         return True
 
@@ -342,6 +336,10 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=attrgetter("rank"))
 
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._held_back = None
+
     def _make_room(self, blocks: int, *, wanted_by: Sequence) -> list[Sequence]:
         """Preempt one after another until ``blocks`` are free or ``wanted_by`` is itself preempted."""
         victims: list[Sequence] = []
@@ -356,7 +354,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         # Its tokens stay: when its turn comes again, all of their KV is computed anew and it goes on where it was.
-        self.running.remove(sequence)
+        self._leave(sequence)
         self.pool.free(sequence.block_ids)
         sequence.block_ids = []
         sequence.computed_tokens = 0
@@ -373,7 +371,7 @@ class Scheduler:
             usable_blocks = (sequence.tokens - 1) // self.pool.block_tokens
             cached = self.pool.acquire_prefix(self._digests(sequence, usable_blocks)[:usable_blocks])
         blocks = self.pool.blocks_for(sequence.tokens) - len(cached)
-        if blocks + self._kept_free > self.pool.free_blocks:
+        if blocks + self._kept_free > self.pool.free_blocks or not self._may_come_back(sequence):
             self.pool.free(cached)
             return False
         sequence.block_ids = cached + self.pool.allocate(blocks)
@@ -382,6 +380,19 @@ class Scheduler:
         if sequence.preemptions == 0:
             sequence.cached_tokens = sequence.computed_tokens
         return True
+
+    def _may_come_back(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence need not be held back for want of memory to come."""
+        if not sequence.preemptions:
+            return True
+        if self._held_back is not sequence:
+            # As time passes the peak of those that run stays as it is: asked again is after one of them has left.
+            blocks = self.pool.free_blocks + sum(len(running.block_ids) for running in self.running)
+            comes_back = self._expected.may_come_back(
+                sequence, self.running, blocks=blocks, block_tokens=self.pool.block_tokens
+            )
+            self._held_back = None if comes_back else sequence
+        return self._held_back is None
 
     def _digests(self, sequence: Sequence, blocks: int) -> list[bytes]:
         """Digests of at least the first ``blocks`` blocks, all full, computed once per sequence."""
