@@ -49,6 +49,7 @@ def decode_id(policy: str, *instances: InstanceView, memory: DispatchMemory = EM
 
 def test_registry_names() -> None:
     assert sorted(POLICIES) == [
+        "held_peak",
         "least_requests",
         "least_tokens",
         "power_of_two",

@@ -35,7 +35,7 @@ CONFIG = DispatchConfig(
     hold_s=5.0,
 )
 EMPTY = DispatchMemory()
-POLICY = POLICIES["predicted_peak"]
+POLICY = POLICIES["held_peak"]
 
 seeds = st.integers(0, 2**32)
 counts = st.sampled_from([-1, 0, 1, 3, 10, 45, 500])
@@ -94,8 +94,11 @@ def test_a_request_is_held_while_no_memory_will_do_and_not_for_ever() -> None:
         ("d1", SkipReason.PEAK),
     ]
     assert asked(*both, remaining=200, held_s=4.9) is None
-    # Then the one that lacks least.
+    # Then the one that lacks least; and at once, if nothing is to be held.
     assert asked(*both, remaining=200, held_s=5.0) == "d0"
+    request = DispatchRequest("r", Need(32, 900), estimate=RemainingEstimate(0, 200, 200))
+    unheld, _ = POLICIES["predicted_peak"].choose(cluster(prefill(), *both), request, EMPTY, CONFIG)
+    assert unheld.decode is not None and unheld.decode.instance_id == "d0"
 
 
 def test_what_is_prefilled_is_not_held() -> None:

@@ -87,7 +87,7 @@ async def test_a_request_that_is_placed_anew_after_a_move_counts_once() -> None:
 async def test_a_request_is_held_until_memory_will_do() -> None:
     ledger = MemoryLedger(VirtualClock())
     watch = LedgerWatch(ledger, interval_s=1.0)
-    dispatcher = Dispatcher(ledger, watch, RouterSettings(_cli_parse_args=False, dispatch_policy="predicted_peak"))
+    dispatcher = Dispatcher(ledger, watch, RouterSettings(_cli_parse_args=False, dispatch_policy="held_peak"))
     for info in (instance("p", Role.PREFILL), instance("d0")):
         await ledger.register(info, ttl_s=TTL_S)
         await ledger.report(info.instance_id, "one", InstanceLoad(64, 64), ttl_s=TTL_S)

@@ -65,10 +65,10 @@ class DispatchConfig:
     """Predictions for running sequences that are older than this count as none. As in rescheduling."""
 
     peak_caution: float = 0.0
-    """Where between the median (0) and the upper quantile (1) ``predicted_peak`` takes a sequence to end."""
+    """Where between the median (0) and the upper quantile (1) sequences are taken to end for their peak."""
 
     hold_s: float = 30.0
-    """For how long ``predicted_peak`` lets the first in the queue wait for an instance whose memory will do. Our
+    """For how long ``held_peak`` lets the first in the queue wait for an instance whose memory will do. Our
     choice: long beside the time between two ends on a full instance, so that only a standstill reaches it."""
 
     def __post_init__(self) -> None:

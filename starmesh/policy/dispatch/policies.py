@@ -32,19 +32,22 @@ Pick = Callable[[tuple[Candidate, ...], DispatchRequest, DispatchMemory, Dispatc
 
 @dataclass(frozen=True, slots=True)
 class DispatchPolicy:
-    """A policy by name: ``pick`` chooses among the decode instances that have room, or None for the request to wait
-    though some have. ``read`` gives it the memory that it chooses by. ``uses_estimates`` says whether a request's
-    predicted length may change its choice."""
+    """A policy by name: ``pick`` chooses among the decode instances that have room, or None for the request to wait.
+    ``read`` gives it the memory that it chooses by. ``uses_estimates`` says whether a request's
+    predicted length may change its choice, and ``holds`` whether it lets requests wait though some have room."""
 
     name: str
     pick: Pick
     uses_estimates: bool = False
+    holds: bool = False
     read: Read = lambda candidates, memory, config: memory
 
     def choose(
         self, view: ClusterView, request: DispatchRequest, memory: DispatchMemory, config: DispatchConfig
     ) -> tuple[Decision, DispatchMemory]:
         """Place a request on a prefill and a decode instance that exchange KV."""
+        if not self.holds:
+            request = dataclasses.replace(request, held_s=math.inf)
         prefills, skipped = find_candidates(view, Role.PREFILL, request, config)
         if not prefills:
             return Decision(reason=why_none(skipped), skipped=skipped), memory
@@ -145,6 +148,7 @@ POLICIES: Mapping[str, DispatchPolicy] = MappingProxyType(
             DispatchPolicy("power_of_two", _power_of_two),
             DispatchPolicy("predicted_load", pick_by_predicted_load, uses_estimates=True),
             DispatchPolicy("predicted_peak", pick_by_predicted_peak, uses_estimates=True, read=read_reports),
+            DispatchPolicy("held_peak", pick_by_predicted_peak, uses_estimates=True, holds=True, read=read_reports),
         )
     }
 )

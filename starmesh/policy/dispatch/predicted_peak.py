@@ -3,10 +3,11 @@ let a request wait rather than to place it.
 
 An instance fits if its blocks hold the predicted peak (``policy.peak``) of its sequences, of what is reserved there and
 of the request. Of those that fit the one of the least mean load over the time that the request is predicted to stay is
-taken. Where none fits, the request is held in the router's queue: placed, it would cost it or another a preemption, and
-while it waits in the router it can still go anywhere. It is held until one fits, until one is nearly idle, or until it
-has been the first in the queue for ``hold_s``; then, and if its KV waits at a prefill instance already, the one that
-lacks least takes it. Admission's own rule (room for the prompt and some output) holds in any case.
+taken. Where none fits, ``predicted_peak`` takes the one that lacks least, and ``held_peak`` holds the request in the
+router's queue: placed, it would cost it or another a preemption, and while it waits in the router it can still go
+anywhere. It is held until one fits, until one is nearly idle, or until it has been the first in the queue for
+``hold_s``; not if its KV waits at a prefill instance already. Admission's own rule (room for the prompt and some
+output) holds in any case.
 
 A request of which nothing is predicted is taken to generate as much as those that run still do on average, and never
 more than it may; so is what is reserved.
