@@ -17,7 +17,7 @@ _SETUP, _LOAD, _RUNS = "The cluster", "The load", "The runs"
 def simulate(
     *,
     compare: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Strategies, side by side; see below.")
+        str, typer.Option(metavar="NAME,...", help="Strategies, side by side; see above.")
     ] = "round_robin,least_tokens,star_plus",
     profile: Annotated[
         str,
@@ -50,7 +50,7 @@ def simulate(
         str,
         typer.Option(
             metavar="NAME",
-            help="For strategies that predict: oracle, measured or paper. (default: their own)",
+            help="For strategies that predict: measured, paper, oracle or none. (default: their own)",
             rich_help_panel=_SETUP,
         ),
     ] = "",
@@ -152,9 +152,15 @@ def simulate(
 ) -> None:
     """See what a cluster would do with a load before there is one: the live policies on virtual time.
 
-    The strategies: round_robin, least_requests, least_tokens and power_of_two place a request once; llumnix,
-    current_load, star and star_plus also move running ones (star_unpredicted, star_plus_unpredicted without
-    predictions; star_oracle, star_plus_oracle with perfect ones); perfect_balance is the bound that none can pass.
+    Place a request once: round_robin, least_requests, least_tokens, power_of_two.
+
+    Move running ones too: llumnix, current_load, star, star_plus.
+
+    The same without predictions: star_unpredicted, star_plus_unpredicted.
+
+    With perfect ones: star_oracle, star_plus_oracle.
+
+    The bound that no policy passes: perfect_balance.
 
     On your own load: starmesh simulate --trace FILE --profile h100-7b --decode 8
     """

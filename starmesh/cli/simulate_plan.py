@@ -17,6 +17,7 @@ from typing import Final
 from starmesh.cli.run import CliError
 from starmesh.profiles import Profile, load_profile
 from starmesh.sim.config import Fault, FaultKind, SimulationConfig, Slo, Strategy
+from starmesh.sim.predictors import PREDICTORS
 from starmesh.sim.saturation import Saturation, estimate
 from starmesh.sim.strategies import STRATEGIES
 from starmesh.sim.workload import SimulatedRequest, WorkloadConfig, draw_requests
@@ -95,6 +96,7 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
         seeds = 1 if rates == (None,) else 3
     configs = []
     sizes = {rate: _sized(options, dataclasses.replace(workload, rate=rate), saturation) for rate in rates}
+    faults = tuple(map(read_fault, options.faults))
     for strategy, rate, seed in itertools.product(strategies, rates, range(seeds)):
         sized, warm_up_s, until_s = sizes[rate]
         configs.append(
@@ -109,9 +111,10 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
                 measure_until_s=until_s,
                 round_interval_s=seconds(options.round_interval, "--round-interval"),
                 slos=tuple(map(read_slo, options.slos)) or (Slo(2.0, 0.05), Slo(5.0, 0.1)),
-                faults=tuple(map(read_fault, options.faults)),
+                faults=faults,
             )
         )
+    _check(configs[0])
     return SimulatePlan(tuple(configs), saturated)
 
 
@@ -142,6 +145,18 @@ def read_fault(text: str) -> Fault:
     return Fault(seconds(at, "--fault"), FaultKind(kind), instance_id, role)
 
 
+def _check(config: SimulationConfig) -> None:
+    """Refuse faults of instances that there are not."""
+    counts = {Role.PREFILL: config.prefill_instances, Role.DECODE: config.decode_instances}
+    known = {config.instance_id(role, number) for role, count in counts.items() for number in range(count)}
+    for fault in sorted(config.faults, key=lambda fault: fault.at_s):
+        if fault.kind is FaultKind.JOIN:
+            known.add(fault.instance_id)
+        elif fault.instance_id not in known:
+            first, last = (config.instance_id(fault.role, number) for number in (0, counts[fault.role] - 1))
+            raise CliError(f"--fault: there is no {fault.instance_id} then; the cluster begins with {first} to {last}")
+
+
 def _profile(options: SimulateOptions) -> Profile:
     profile = load_profile(options.profile)
     if options.kv_tokens is not None and options.kv_memory_gb is not None:
@@ -160,6 +175,8 @@ def _profile(options: SimulateOptions) -> Profile:
 
 def _strategies(options: SimulateOptions) -> list[Strategy]:
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
+    if options.predictor and options.predictor not in PREDICTORS:
+        raise CliError(f"--predictor: {options.predictor!r} is none of {', '.join(PREDICTORS)}")
     for name in names:
         if name not in STRATEGIES:
             raise CliError(f"--compare: {name!r} is none of {', '.join(STRATEGIES)}")

@@ -127,13 +127,13 @@ def _intention(plan: SimulatePlan, processes: int) -> str:
     rates = dict.fromkeys(config.workload.rate for config in configs)
     load = "as traced" if None in rates else f"at {', '.join(f'{rate:g}' for rate in rates if rate)} requests/s"
     lengths = first.workload.trace_path or f"{first.workload.lengths} lengths"
+    most = float(f"{plan.saturation_rate:.2g}")
     return (
         f"{_count(first.decode_instances, 'decode')} and {_count(first.prefill_instances, 'prefill')} "
         f"instance{'s' if first.prefill_instances > 1 else ''} of {first.profile.name} "
         f"({first.profile.kv_tokens:,} tokens of KV memory each), {lengths} {load}: "
         f"{_count(len(configs), 'run')}{'s' if len(configs) > 1 else ''} on up to {processes} "
-        f"process{'es' if processes > 1 else ''}. At best this cluster carries about {float(f'{plan.saturation_rate:.2g}'):g} "
-        "requests/s."
+        f"process{'es' if processes > 1 else ''}. At best this cluster carries about {most:g} requests/s."
     )
 
 

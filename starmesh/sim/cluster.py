@@ -103,11 +103,10 @@ class Cluster:
                 begin=self._begin_migration,
                 over=lambda: self.over,
             )
-        width = len(str(max(config.prefill_instances, config.decode_instances) - 1))
         for number in range(config.prefill_instances):
-            self._join(f"prefill-{number:0{width}}", Role.PREFILL)
+            self._join(config.instance_id(Role.PREFILL, number), Role.PREFILL)
         for number in range(1 if config.strategy.perfect_balance else config.decode_instances):
-            self._join(f"decode-{number:0{width}}", Role.DECODE)
+            self._join(config.instance_id(Role.DECODE, number), Role.DECODE)
         for fault in config.faults:
             loop.at(fault.at_s, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
 

@@ -88,3 +88,9 @@ class SimulationConfig:
             raise ProfileError("a cluster needs at least one prefill and one decode instance")
         if min(self.round_interval_s, self.report_interval_s) <= 0:
             raise ProfileError("round_interval_s and report_interval_s are above 0")
+
+    def instance_id(self, role: Role, number: int) -> str:
+        """What the instance ``number`` of a role is called, from 0 on; as long as all others, so that their order by id
+        is that by number."""
+        width = len(str(max(self.prefill_instances, self.decode_instances) - 1))
+        return f"{role.value}-{number:0{width}}"

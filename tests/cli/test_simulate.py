@@ -22,9 +22,11 @@ from starmesh.cli.simulate_plan import SimulateOptions, make_plan, read_fault, r
 from starmesh.cli.simulate_run import replay, simulate
 from starmesh.profiles import ProfileError, load_profile
 from starmesh.sim.config import Fault, FaultKind, SimulationConfig, Slo
+from starmesh.sim.predictors import PREDICTORS
 from starmesh.sim.result import SimulationResult, config_to_json
 from starmesh.sim.run import Progress
 from starmesh.sim.saturation import estimate
+from starmesh.sim.strategies import STRATEGIES
 from starmesh.sim.workload import SimulatedRequest
 from starmesh.types import Role
 from tests.sim.runs import PROFILE, config_of, result_of
@@ -63,7 +65,7 @@ def test_help_loads_nothing_that_takes_time() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert done.stderr == "\n"
-    for word in ("--compare", "--trace", "perfect_balance", "--slo"):
+    for word in ("--compare", "--trace", "--slo", *STRATEGIES, *PREDICTORS):
         assert word in done.stdout
 
 
@@ -114,7 +116,7 @@ def test_options_reach_the_configuration() -> None:
             link_gb_per_s=1.0,
             recompute_speed=2.0,
             slos=["ttft=1s,tpot=20ms"],
-            faults=["2m:die:decode-3", "10:join:prefill-7"],
+            faults=["2m:die:decode-3", "10:join:decode-7", "11:die:decode-7"],
             predictor="oracle",
             variation=3.0,
             max_output_tokens=500,
@@ -127,7 +129,7 @@ def test_options_reach_the_configuration() -> None:
     assert config.profile.cost.prefill_token_s == load_profile("h100-7b").cost.prefill_token_s / 2
     assert (config.round_interval_s, config.slos) == (0.5, (Slo(1.0, 0.02),))
     assert config.faults[0] == Fault(120.0, FaultKind.DIE, "decode-3")
-    assert config.faults[1].role is Role.PREFILL
+    assert read_fault("1:join:prefill-7").role is Role.PREFILL
     assert (config.workload.arrivals, config.workload.variation) == ("gamma", 3.0)
     assert (config.workload.requests, config.workload.max_output_tokens) == (100, 500)
     assert config.strategy.predictor == "oracle"
@@ -147,6 +149,11 @@ def test_options_reach_the_configuration() -> None:
         ({"duration": "soon"}, "--duration: 'soon' is no duration; write 90s"),
         ({"slos": ["ttft=2s"], "rates": "1"}, "--slo: 'ttft=2s' does not name both; write ttft=2s,tpot=50ms"),
         ({"faults": ["9s:explode:decode-1"], "rates": "1"}, "--fault: .* write WHEN:die|join|drain:INSTANCE"),
+        (
+            {"faults": ["9s:die:decode-4"], "rates": "1"},
+            "there is no decode-4 then; .* begins with decode-0 to decode-3",
+        ),
+        ({"predictor": "crystal ball"}, "is none of none, measured"),
         ({"kv_tokens": 1, "kv_memory_gb": 1.0}, "say the same; leave one out"),
     ],
 )

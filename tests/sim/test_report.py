@@ -99,7 +99,7 @@ def test_the_table_has_a_row_for_each_cell() -> None:
     text = text_of(table(SUMMARY))
     for name in SUMMARY.strategies:
         assert len(re.findall(rf"\b{name}\b", text)) == 2
-    assert "±" in text and "2 s, 50 ms" in text
+    assert "±" in text and "50 ms" in text
     assert "±" not in text_of(table(compared(seeds=1))) + text_of(table(SUMMARY, intervals=False))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from rich.table import Table
 
@@ -11,6 +12,14 @@ from starmesh.sim.report.summary import METRICS, Metric, Summary, goodput_metric
 
 _COLUMNS = ("tpot_p50", "tpot_p99", "ttft_p99")
 _COUNTS = ("preemptions", "migrations_per_request", "refused")
+_HEADINGS: Final = {
+    "tpot_p50": "P50\nTPOT\nms",
+    "tpot_p99": "P99\nTPOT\nms",
+    "ttft_p99": "P99\nTTFT\ns",
+    "preemptions": "pre-\nempted",
+    "migrations_per_request": "moves\nper\nrequest",
+    "refused": "re-\nfused",
+}
 
 
 def columns(summary: Summary) -> tuple[Metric, ...]:
@@ -33,11 +42,12 @@ def number(found: Interval, metric: Metric, *, intervals: bool = True) -> str:
 
 
 def heading(metric: Metric) -> str:
-    """A column's heading, on two or three lines."""
-    label, _, detail = metric.label.partition(" (")
-    words = label.replace(" per ", "\nper ").replace("P50 ", "P50\n").replace("P99 ", "P99\n")
-    detail = detail.removesuffix(")").replace("TTFT ", "").replace("TPOT ", "")
-    return words + (f"\n{detail}" if detail else "") + (f", {metric.unit}" if metric.unit and not detail else "")
+    """A column's heading, on lines as short as its values."""
+    if metric.name in _HEADINGS:
+        return _HEADINGS[metric.name]
+    label, _, slo = metric.label.partition(" (")
+    limits = slo.removesuffix(")").replace("TTFT ", "").replace("TPOT ", "").replace(", ", "\n")
+    return f"{label}\nper s\n{limits}"
 
 
 def load_text(load: float | None) -> str:
