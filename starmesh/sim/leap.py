@@ -60,10 +60,12 @@ class Leap:
         if steps == self.made:
             return
         made = self._began_made + steps
+        spared = 0
         if made == self._roster.first_end_made:
             self._move(made - 1)
             self._end(made)
-        self._move(made)
+            spared = self._roster.blocks_of_ending(made)
+        self._move(made, spared=spared)
         # Not the durations planned: a clock that was moved by them shows these, rounded.
         times_s = self._times_s[self.made : steps + 1]
         tokens = (steps - self.made) * len(self.request_ids) - len(self.outputs)
@@ -71,8 +73,8 @@ class Leap:
         self._executor.steps += steps - self.made
         self.made = steps
 
-    def _move(self, made: int) -> None:
-        blocks = self._roster.new_blocks(self._shared.made, made)
+    def _move(self, made: int, *, spared: int = 0) -> None:
+        blocks = self._roster.new_blocks(self._shared.made, made) - spared
         self._shared.made = made
         self._shared.pool.owe(blocks)
 

@@ -172,15 +172,23 @@ class LeapingSequence(Sequence):
     def uncomputed_tokens(self) -> int:
         return self._tokens - self._computed_tokens
 
-    @property
-    def ends_made(self) -> int:
-        """Of a running one: how many shared steps are made when it ends, if it makes all its steps with the others."""
-        return self._ends_at - self._tokens
+    def course(self) -> tuple[int, int, int]:
+        """Of a running one, as it goes on with the others: how many shared steps are made when it ends, how many when
+        its block table as it is holds no token more, and its tokens less the shared steps made."""
+        full_made = len(self._block_ids) * self._shared.pool.block_tokens - self._computed_tokens
+        return (self._ends_at - self._tokens, full_made, self._tokens)
 
-    @property
-    def full_made(self) -> int:
-        """Of a running one: how many shared steps are made when its block table, as it is, holds no token more."""
-        return len(self._block_ids) * self._shared.pool.block_tokens - self._computed_tokens
+    def row(self) -> tuple[int, int, int, int, int, int]:
+        """Epoch, prompt, output, resident and most output tokens as in a load, the third and fourth less the shared
+        steps made for one that runs; and whether it does."""
+        return (
+            self.epoch,
+            self.prompt_tokens,
+            self._tokens - self.prompt_tokens,
+            self._computed_tokens,
+            self.sampling.max_output_tokens,
+            self._status is SequenceStatus.RUNNING,
+        )
 
     def spec(self) -> SequenceSpec:
         """As ``Sequence.spec``, with counts for tokens."""

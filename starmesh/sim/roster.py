@@ -6,6 +6,7 @@ version changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import cast
 
@@ -13,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from starmesh.engine.engine import EngineCore
-from starmesh.engine.sequence import SequenceStatus
 from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.sim.leaping_sequence import LeapingSequence, SharedSteps
 from starmesh.types import InstanceLoad
 
 Counts = npt.NDArray[np.int64]
+
+TABLE_STEPS = 512
+"""For how many shared steps the blocks that they take are counted ahead."""
 
 
 class Roster:
@@ -29,6 +32,8 @@ class Roster:
         self._core = core
         self._shared = shared
         self._block_tokens = shared.pool.block_tokens
+        self._table_made = 0
+        self._table: list[int] = []
 
     @cached_property
     def all_decode(self) -> bool:
@@ -46,38 +51,45 @@ class Roster:
         return [sequence.request_id for sequence in self.running]
 
     @cached_property
-    def ends_made(self) -> Counts:
-        """How many shared steps are made when each of those that run ends, by rank."""
-        ends_made = np.array([sequence.ends_made for sequence in self.running], dtype=np.int64)
-        return np.maximum(ends_made, self._shared.made + 1)
+    def _courses(self) -> Counts:
+        courses: Counts = np.array([sequence.course() for sequence in self.running], dtype=np.int64).T
+        return courses
+
+    @cached_property
+    def _ends_made(self) -> Counts:
+        # How many shared steps are made when each of those that run ends, by rank.
+        return np.maximum(self._courses[0], self._shared.made + 1)
 
     @cached_property
     def first_end_made(self) -> int:
-        """The least of ``ends_made``."""
-        return int(self.ends_made.min())
-
-    @cached_property
-    def full_made(self) -> Counts:
-        """How many shared steps are made when the blocks are full that each of those that run has or is owed."""
-        full_made = np.array([sequence.full_made for sequence in self.running], dtype=np.int64)
-        behind = self._shared.made - full_made
-        return np.where(behind > 0, full_made + -(-behind // self._block_tokens) * self._block_tokens, full_made)
+        """How many shared steps are made when the first of those that run end."""
+        return int(self._ends_made.min())
 
     def new_blocks(self, since_made: int, made: int) -> int:
-        """Blocks that the shared steps between take for those that run; without those that end with the first of these
-        steps, where they have ended by now."""
-        full_made = self.full_made
-        if self.version != self._shared.version:
-            full_made = full_made[self.ends_made > made]
-        before, after = self._blocks(full_made, since_made), self._blocks(full_made, made)
-        return after - before
+        """Blocks that those that run take with the shared steps between, if all of them make these steps."""
+        if since_made < self._table_made or made - self._table_made >= len(self._table):
+            self._table_made, self._table = since_made, self._tabulate(since_made, made)
+        return self._table[made - self._table_made] - self._table[since_made - self._table_made]
 
-    def _blocks(self, full_made: Counts, made: int) -> int:
-        return int(np.maximum((made - full_made + (self._block_tokens - 1)) // self._block_tokens, 0).sum())
+    def _tabulate(self, since_made: int, made: int) -> list[int]:
+        """Blocks that those that run take with one, two, three... shared steps more, up to ``made`` and beyond."""
+        block_tokens = self._block_tokens
+        room_tokens = self._courses[1] - since_made
+        # In blocks that it is owed; each takes another with its first step beyond them, and with every such step on.
+        room_tokens = np.where(room_tokens < 0, room_tokens % block_tokens, room_tokens)
+        rows = max(TABLE_STEPS, made - since_made) // block_tokens + 2
+        first = room_tokens[room_tokens < rows * block_tokens - 1] + 1
+        takers = np.bincount(first, minlength=rows * block_tokens).reshape(rows, block_tokens).cumsum(axis=0)
+        return cast("list[int]", takers.ravel().cumsum().tolist())
+
+    def blocks_of_ending(self, made: int) -> int:
+        """Blocks that those would take with the step that makes it ``made`` that end with it."""
+        since_full = made - self._courses[1][self._ends_made == made] - 1
+        return int(np.count_nonzero((since_full >= 0) & (since_full % self._block_tokens == 0)))
 
     def ending(self, made: int) -> list[LeapingSequence]:
         """Those that end when ``made`` shared steps are made, by rank."""
-        return [self.running[index] for index in np.flatnonzero(self.ends_made == made).tolist()]
+        return [self.running[index] for index in np.flatnonzero(self._ends_made == made).tolist()]
 
     def note_first_step(self, now_s: float) -> None:
         """A step of those that run begins now."""
@@ -95,49 +107,45 @@ class Roster:
 
     @cached_property
     def _tokens_less_made(self) -> int:
-        return sum([sequence.tokens for sequence in self.running]) - self._shared.made * len(self.running)
+        return int(self._courses[2].sum())
 
     def load(self) -> InstanceLoad:
         """As ``EngineCore.load`` now, its sequences in columns."""
         core, made = self._core, self._shared.made
         scheduler = core.scheduler
-        request_ids, first, last, unknown, moves, output_tokens, resident_tokens, resident_sum = self._columns
+        request_ids, (epochs, prompts, limits, unknown), output_tokens, resident_tokens, moves = self._columns
         shift = moves * made
+        resident_tokens = resident_tokens + shift
         return InstanceLoad(
             total_blocks=scheduler.pool.total_blocks,
             free_blocks=scheduler.pool.free_blocks,
             running_sequences=len(scheduler.running),
             waiting_sequences=len(scheduler.waiting),
-            resident_tokens=resident_sum + made * len(scheduler.running),
+            resident_tokens=int(resident_tokens.sum()),
             step_duration_s=core.step_duration_s,
             output_tokens=core.output_tokens,
             preemptions=scheduler.preemptions,
             sequences=SequenceLoads(
                 request_ids,
-                [*first, (output_tokens + shift).tobytes(), (resident_tokens + shift).tobytes(), last, *[unknown] * 3],
+                # A column may come as the bytes that it is kept as.
+                (
+                    epochs,
+                    prompts,
+                    (output_tokens + shift).tobytes(),
+                    resident_tokens.tobytes(),
+                    limits,
+                    unknown,
+                    unknown,
+                    unknown,
+                ),
             ),
         )
 
     @cached_property
-    def _columns(
-        self,
-    ) -> tuple[tuple[str, ...], tuple[bytes, bytes], bytes, bytes, Counts, Counts, Counts, int]:
-        sequences = cast("list[LeapingSequence]", list(self._core.scheduler.sequences.values()))
-        moves = np.array([each.status is SequenceStatus.RUNNING for each in sequences], dtype=np.int64)
-        shift = moves * self._shared.made
-        resident_tokens = np.array([each.computed_tokens for each in sequences], dtype=np.int64) - shift
-        return (
-            tuple([each.request_id for each in sequences]),
-            (_bytes([each.epoch for each in sequences]), _bytes([each.prompt_tokens for each in sequences])),
-            _bytes([each.sampling.max_output_tokens for each in sequences]),
-            _bytes([UNKNOWN] * len(sequences)),
-            moves,
-            np.array([each.output_tokens for each in sequences], dtype=np.int64) - shift,
-            resident_tokens,
-            int(resident_tokens.sum()),
-        )
-
-
-def _bytes(column: list[int]) -> bytes:
-    # A column of ``SequenceLoads`` may come as the bytes that it is kept as.
-    return np.array(column, dtype=np.int64).tobytes()
+    def _columns(self) -> tuple[tuple[str, ...], tuple[bytes, ...], Counts, Counts, Counts]:
+        sequences = cast("Iterable[LeapingSequence]", self._core.scheduler.sequences.values())
+        rows = np.array([sequence.row() for sequence in sequences], dtype=np.int64).reshape(-1, 6)
+        epochs, prompt_tokens, output_tokens, resident_tokens, limits, moves = rows.T
+        unknown = np.full(len(rows), UNKNOWN, dtype=np.int64)
+        fixed = tuple([column.tobytes() for column in (epochs, prompt_tokens, limits, unknown)])
+        return tuple(self._core.scheduler.sequences), fixed, output_tokens, resident_tokens, moves

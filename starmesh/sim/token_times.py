@@ -73,7 +73,9 @@ class SharedTimes:
             self._request_ids = request_ids
             ends_s = ends_s[1:]
         if len(ends_s):
-            gaps_s = np.diff(ends_s, prepend=self._last_s)
+            gaps_s = np.empty(len(ends_s))
+            gaps_s[0] = ends_s[0] - self._last_s
+            np.subtract(ends_s[1:], ends_s[:-1], out=gaps_s[1:])
             gaps.append((gaps_s, len(request_ids)))
             self._last_s = float(ends_s[-1])
             self._longest_gap_s = max(self._longest_gap_s, float(gaps_s.max()))

@@ -228,8 +228,8 @@ class Scenario:
 
         def take(core: EngineCore) -> tuple[SequenceSpec, int]:
             if held:
-                spec = core.scheduler.sequences[request_id].spec()
-                return spec, core.held(request_id)[1]
+                resident_tokens = core.held(request_id)[1]
+                return core.scheduler.sequences[request_id].spec(), resident_tokens
             exported = core.export(request_id)
             return exported.spec, exported.resident_tokens
 
