@@ -73,7 +73,7 @@ def result_of(config: SimulationConfig, *, slowness: float = 1.0) -> SimulationR
         measurements.finished(record)
         measurements.gaps(np.full(output_tokens - 1, tpot_s), 1)
         measurements.preempted(record.preemptions)
-    for second in range(0, 300, 4):
+    for second in range(100):
         loads = {}
         for instance in range(config.decode_instances):
             tokens = int(8000 * (1 + uneven * np.sin(second / 40 + 2 * instance)) * min(1.0, second / 60))

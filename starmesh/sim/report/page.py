@@ -25,12 +25,16 @@ def page(summary: Summary, *, title: str = "starmesh simulate", command: str = "
     """The page. ``command`` is what made it."""
     load = summary.loads[-1]
     at_load = [cell for name in summary.strategies if (cell := summary.cell(name, load)) is not None]
-    where = f"at {load_text(load)} requests/s" if load is not None else "of the trace as it is"
+    where = f"at {load_text(load)} requests/s" if load is not None else "with the trace as it is"
     seed = at_load[0].results[0].config.seed
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in conclusions(summary))
     sections = [
         f'<section><h2>What it comes to</h2><ul class="said">{said}</ul></section>',
-        _section("Against load", _load_plots(summary), "Bands and whiskers are 95 % intervals over the seeds."),
+        _section(
+            "Against load" if len(summary.loads) > 1 else "Side by side",
+            _load_plots(summary),
+            "Bands and whiskers are 95 % intervals over the seeds.",
+        ),
         _section(
             f"Over time, {where}",
             plots.over_time_plots(summary, load),
