@@ -37,6 +37,7 @@ from starmesh.types import InstanceLoad, Migration, MigrationReason
 _LENGTH_BIN = 2**0.25 - 1
 _LONGEST_OUTPUT = 1e7
 _SAMPLES_PER_POINT = 4
+_FIRST_SAMPLE_S = 1.0
 
 
 class Measurements:
@@ -121,7 +122,7 @@ class Measurements:
     @property
     def sample_interval_s(self) -> float:
         """How often ``sample`` is worth calling now: the points of a long run stand for longer times."""
-        return self._series.resolution_s / _SAMPLES_PER_POINT
+        return max(_FIRST_SAMPLE_S, self._series.resolution_s / _SAMPLES_PER_POINT)
 
     def sample(self, now_s: float, loads: Mapping[str, InstanceLoad]) -> None:
         """Look at the decode instances, by id; those alone: the spread is over them."""

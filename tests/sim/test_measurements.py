@@ -160,6 +160,18 @@ def test_a_long_run_takes_no_more_points_and_loses_nothing() -> None:
     assert found.kv_use[63][-1] is None and found.preemptions[-1] == 1499
 
 
+def test_samples_become_rarer_but_leave_no_point_out() -> None:
+    measurements = Measurements(config_of())
+    now_s = intervals = 0.0
+    while now_s < 4000:
+        measurements.sample(now_s, {"a": load_of(5)})
+        now_s += measurements.sample_interval_s
+        intervals = max(intervals, measurements.sample_interval_s)
+    series = measurements.result(ended_at_s=now_s, wall_s=1.0).series
+    assert intervals == 4.0 and series.resolution_s == 16.0
+    assert None not in series.variation
+
+
 def test_a_run_of_nothing_has_a_result() -> None:
     result = Measurements(config_of(warm_up_s=5.0)).result(ended_at_s=0.0, wall_s=0.0)
     assert result.goodput[0].per_s == result.goodput[0].share == result.execution.simulated_tokens_per_s == 0.0
