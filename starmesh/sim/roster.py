@@ -52,13 +52,13 @@ class Roster:
 
     @cached_property
     def _courses(self) -> Counts:
-        courses: Counts = np.array([sequence.course() for sequence in self.running], dtype=np.int64).T
-        return courses
+        return np.array([sequence.course() for sequence in self.running], dtype=np.int64).T
 
     @cached_property
     def _ends_made(self) -> Counts:
         # How many shared steps are made when each of those that run ends, by rank.
-        return np.maximum(self._courses[0], self._shared.made + 1)
+        ends_made: Counts = np.maximum(self._courses[0], self._shared.made + 1)
+        return ends_made
 
     @cached_property
     def first_end_made(self) -> int:
