@@ -24,13 +24,14 @@ from starmesh.sim.predictors import SimulatedPredictor
 from starmesh.sim.token_count import TokenCount
 from starmesh.sim.views import Views
 from starmesh.sim.workload import SimulatedRequest
-from starmesh.types import RemainingEstimate, Role, SamplingParams, SequenceSpec
+from starmesh.types import ClusterView, InstanceState, RemainingEstimate, Role, SamplingParams, SequenceSpec
 
 LOOK_S = 0.2
 """How often a router that has requests waiting looks for room (live: ``view_interval_s``)."""
 
-RETRY_S = 0.25
-"""How soon a decode instance that had no room for a handoff is asked again (live: ``handoff.RETRY_DELAY_S``)."""
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
+"""How soon a request whose handoff was refused is placed again, and what that doubles to with each time (live:
+``retries``)."""
 
 LEASE_S = 30.0
 """How long a prefill instance keeps KV that nobody has pulled (live: ``kv_lease_s``)."""
@@ -52,6 +53,7 @@ class Flight:
     decode_id: str | None = None
     decoding: bool = False
     avoid: frozenset[str] = frozenset()
+    refusals: int = 0
     estimate: RemainingEstimate | None = None
     handoff: Handoff | None = None
     lease_ends_s: float = 0.0
@@ -208,8 +210,10 @@ class Router:
         # Only the first of those that wait comes here.
         flight.first_s = self.loop.now_s if flight.first_s is None else flight.first_s
         held_s = self.loop.now_s - flight.first_s
-        request = DispatchRequest(flight.request.request_id, flight.need, flight.avoid, held_s=held_s)
-        decision, self._memory = policy.choose(self.views.of(_BOTH), request, self._memory, self._dispatch)
+        view = self.views.of(_BOTH)
+        excluded = self._excluded(flight, view)
+        request = DispatchRequest(flight.request.request_id, flight.need, excluded, held_s=held_s)
+        decision, self._memory = policy.choose(view, request, self._memory, self._dispatch)
         if decision.decode is None or decision.prefill is None:
             if decision.reason is NoPlacement.TOO_LONG and not flight.started:
                 self._refuse(flight)
@@ -245,9 +249,11 @@ class Router:
     def _choose_decode(self, flight: Flight, *, placed_id: str) -> bool:
         request_id = flight.request.request_id
         policy = POLICIES[self.config.strategy.dispatch]
-        request = DispatchRequest(request_id, flight.need, flight.avoid, flight.estimate, placed_id)
+        view = self.views.of((Role.DECODE,), without=request_id)
+        excluded = self._excluded(flight, view)
+        request = DispatchRequest(request_id, flight.need, excluded, flight.estimate, placed_id)
         decision, self._memory = policy.choose_decode(
-            self.views.of((Role.DECODE,), without=request_id),
+            view,
             request,
             self._memory,
             self._dispatch,
@@ -275,8 +281,10 @@ class Router:
             if done:
                 flight.decoding = True
             else:
-                flight.avoid = frozenset({flight.decode_id or ""})
-                self.loop.after(RETRY_S, lambda: self._decode_elsewhere(flight, epoch))
+                flight.avoid |= {flight.decode_id or ""}
+                delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2**flight.refusals)
+                flight.refusals += 1
+                self.loop.after(delay_s, lambda: self._decode_elsewhere(flight, epoch))
 
         flight.handoff = self.hand_off(flight.prefill_id, flight.decode_id, flight.spec(), handed)
 
@@ -289,7 +297,12 @@ class Router:
             self._decode(flight)
         else:
             flight.avoid = frozenset()
-            self.loop.after(RETRY_S, lambda: self._decode_elsewhere(flight, epoch))
+            self.loop.after(LOOK_S, lambda: self._decode_elsewhere(flight, epoch))
+
+    def _excluded(self, flight: Flight, view: ClusterView) -> frozenset[str]:
+        """The decode instances that have refused it, unless there are no others."""
+        ready = {each.info.instance_id for each in view.of_role(Role.DECODE) if each.info.state is InstanceState.READY}
+        return flight.avoid if ready - flight.avoid else frozenset()
 
     def _recover(self, flight: Flight, *, recovered: bool = True) -> None:
         """Begin again from the tokens that the client has."""
