@@ -160,7 +160,7 @@ def simulate(
 
     With perfect ones: star_oracle, star_plus_oracle.
 
-    The bound that no policy passes: perfect_balance.
+    What balance alone can reach where memory suffices: perfect_balance.
 
     On your own load: starmesh simulate --trace FILE --profile h100-7b --decode 8
     """
