@@ -106,9 +106,9 @@ def _carried(summary: Summary, slo: Slo) -> str:
     bound = ""
     for name in bounds:
         if most[name] is None:
-            bound = "; nor could any other policy"
+            bound = "; nor would perfect balance"
         elif most[name] != heaviest:
-            bound = f"; no policy could carry more than {most[name]:g}/s"
+            bound = f"; perfect balance carries {most[name]:g}/s"
     return f"{within}, of the loads tried: {', '.join(parts)}{bound}."
 
 
