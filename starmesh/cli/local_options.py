@@ -18,7 +18,7 @@ from starmesh.cli.run import fail
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 DispatchPolicy = Literal[
-    "round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load", "predicted_peak"
+    "round_robin", "least_requests", "least_tokens", "power_of_two", "predicted_load", "predicted_peak", "held_peak"
 ]
 ReschedulingPolicy = Literal["none", "current_load", "llumnix", "star", "star_plus"]
 

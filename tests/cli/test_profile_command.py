@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from starmesh.cli.app import app
 from starmesh.cli.emulating import Emulating
 from starmesh.cli.local_cluster import ClusterPlan
+from starmesh.cli.local_options import Predicting
 from starmesh.cli.profile_command import show_profile, show_steps
 from starmesh.instance.measuring.steps import MeasuredSteps
 from starmesh.profiles import load_profile, write_profile
@@ -52,13 +53,13 @@ def test_a_cluster_with_a_model_reckons_with_a_profile(tmp_path: Path, monkeypat
     write_profile(load_profile("h100-7b"), Path("mine.toml"))
     for profile, flag in (("h100-7b", "h100-7b"), ("mine.toml", str(tmp_path / "mine.toml"))):
         emulating = Emulating(profile=profile)
-        emulating.check()
+        emulating.check(Predicting())
         plan = emulating.apply(ClusterPlan(model=tmp_path, run_directory=tmp_path))
         for flags in (plan.decode_flags, plan.rescheduler_flags):
             assert flags == ("--profile", flag)
     assert Emulating().apply(plan) == plan
     with pytest.raises(typer.BadParameter, match="no profile 'abacus'"):
-        Emulating(profile="abacus").check()
+        Emulating(profile="abacus").check(Predicting())
 
 
 @pytest.mark.fast
