@@ -63,7 +63,8 @@ class SequenceOutput:
     ``hidden_state`` is [layers, width] float32 in the executor's array type, at the last token computed, which is the
     ``offset``-th output token (0: the prompt's last); None where none is due. It may be a view of the step's array, so
     copy it to keep it. ``cached_tokens`` were found in the prefix cache and ``queue_duration_s`` passed before its
-    first step.
+    first step. Of a sequence that is held from now on, ``held_block_ids`` have the KV of its ``resident_tokens``: to
+    ask for them would take as long as the next step does.
     """
 
     request_id: str
@@ -75,6 +76,8 @@ class SequenceOutput:
     hidden_state: Any = None
     cached_tokens: int = 0
     queue_duration_s: float = 0.0
+    held_block_ids: tuple[int, ...] = ()
+    resident_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +287,7 @@ class EngineCore:
             outputs = [self._give_up(chunk.sequence, error) for chunk in schedule.chunks]
         else:
             outputs = self._commit(schedule.chunks, sampled)
-            self._note_step(self._clock.now_s() - started_s)
+            self._step_duration_s = _step_average_s(self._step_duration_s, self._clock.now_s() - started_s)
         self._settle()
         return outputs
 
@@ -301,7 +304,8 @@ class EngineCore:
         self._output_tokens += 1
         if finish_reason is not None:
             self._scheduler.remove(sequence.request_id)
-        elif sequence.hold:
+        held = finish_reason is None and sequence.hold
+        if held:
             self._scheduler.hold(sequence)
         return SequenceOutput(
             request_id=sequence.request_id,
@@ -312,12 +316,16 @@ class EngineCore:
             hidden_state=hidden_state,
             cached_tokens=sequence.cached_tokens,
             queue_duration_s=sequence.queue_duration_s or 0.0,
+            held_block_ids=self._resident_blocks(sequence) if held else (),
+            resident_tokens=sequence.computed_tokens if held else 0,
         )
 
     def note_steps(self, durations_s: Iterable[float], output_tokens: int) -> None:
         """Count steps that a simulator has made by itself, and the tokens of those that went on with them."""
+        average_s = self._step_duration_s
         for duration_s in durations_s:
-            self._note_step(duration_s)
+            average_s = _step_average_s(average_s, duration_s)
+        self._step_duration_s = average_s
         self._output_tokens += output_tokens
 
     def load(self) -> InstanceLoad:
@@ -415,12 +423,6 @@ class EngineCore:
     def _resident_blocks(self, sequence: Sequence) -> tuple[int, ...]:
         return tuple(sequence.block_ids[: self._pool.blocks_for(sequence.computed_tokens)])
 
-    def _note_step(self, duration_s: float) -> None:
-        if self._step_duration_s == 0.0:
-            self._step_duration_s = duration_s
-        else:
-            self._step_duration_s += STEP_AVERAGE_WEIGHT * (duration_s - self._step_duration_s)
-
     def _settle(self) -> None:
         """After anything that may have ended sequences or freed blocks."""
         self._stalled = False
@@ -428,6 +430,10 @@ class EngineCore:
             del self._stop_checkers[request_id]
         if self._checks_when_idle and self.idle:
             self.check_integrity()
+
+
+def _step_average_s(average_s: float, duration_s: float) -> float:
+    return average_s + STEP_AVERAGE_WEIGHT * (duration_s - average_s) if average_s else duration_s
 
 
 def _sampled(batch: Batch, result: StepResult) -> list[tuple[int, Any] | None]:

@@ -166,7 +166,7 @@ class SimulatedInstance:
         leap, self._leap = self._leap, None
         if leap is not None and leap.made > 1:
             self._note_tokens(leap.request_ids, leap.ends_s[: leap.made - 1])
-        self._shared_times.settle()
+        self._shared_times.keep(())
         self.alive = False
         self._calls.clear()
         if self._turn is not None:
@@ -193,7 +193,7 @@ class SimulatedInstance:
             self._note_tokens(leap.request_ids, leap.ends_s)
             outputs = leap.outputs
             if outputs:  # they have left the batch when the step began, but they had this token to come
-                self._shared_times.settle()
+                self._shared_times.keep(self._look_at_sequences().request_ids)
         elif outputs:
             self._note_tokens([output.request_id for output in outputs], np.array([self._loop.now_s]))
         self._look_at_sequences()
@@ -208,8 +208,8 @@ class SimulatedInstance:
     def _look_at_sequences(self) -> Roster:
         """What its sequences come to now."""
         if self._roster.version != self._shared.version:
-            self._shared_times.settle()
             self._roster = Roster(self._core, self._shared)
+            self._shared_times.keep(self._roster.request_ids)
         return self._roster
 
     def _run_calls(self) -> None:

@@ -89,6 +89,7 @@ class Leap:
                 sampling=sequence.sampling,
                 history=sequence.token_ids,
             )
+            sequence.waive_owed_blocks()
             output = self._core.take_token(sequence, self._executor.next_token_id(item))
             if output.finish_reason is None:
                 raise RuntimeError(f"{sequence.request_id} was to end with token {output.offset} and did not: {output}")

@@ -42,7 +42,7 @@ class OwingPool(BlockPool):
         super().free(block_ids)
 
     def owe(self, blocks: int) -> None:
-        """Count ``blocks`` more as taken. Raises IntegrityError for more than are free."""
+        """Count ``blocks`` more as taken, or fewer. Raises IntegrityError for more than are free."""
         self._owed_blocks += blocks
         if self.free_blocks < 0:
             raise IntegrityError(f"{self!r} owes blocks that it does not have")
@@ -189,6 +189,13 @@ class LeapingSequence(Sequence):
             self.sampling.max_output_tokens,
             self._status is SequenceStatus.RUNNING,
         )
+
+    def waive_owed_blocks(self) -> None:
+        """It is about to end: have no blocks handed out only to be given back. The KV in them is gone with that."""
+        owed = self._shared.pool.blocks_for(self.computed_tokens) - len(self._block_ids)
+        if owed > 0:
+            self._shared.pool.owe(-owed)
+            self.computed_tokens = len(self._block_ids) * self._shared.pool.block_tokens
 
     def spec(self) -> SequenceSpec:
         """As ``Sequence.spec``, with counts for tokens."""

@@ -20,7 +20,7 @@ from starmesh.types import InstanceLoad
 
 Counts = npt.NDArray[np.int64]
 
-TABLE_STEPS = 512
+TABLE_STEPS = 128
 """For how many shared steps the blocks that they take are counted ahead."""
 
 
