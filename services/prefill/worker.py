@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 from starmesh.engine.engine import EngineCore, SequenceOutput
-from starmesh.engine.scheduler import DuplicateRequest, SchedulingError, UnknownRequest
+from starmesh.engine.scheduler import DuplicateRequest, SchedulingError
 from starmesh.instance.hidden_state import pack_hidden_state
 from starmesh.instance.instance import Instance
 from starmesh.types import FinishReason, HiddenLayout, InstanceState, KvTicket, SequenceSpec
@@ -82,7 +82,7 @@ class PrefillWorker:
             output = await done
             if output.error is not None:
                 raise PrefillFailed(output.error)
-            return await self._prefilled(spec, output)
+            return self._prefilled(spec, output)
         except SchedulingError:
             raise  # nothing was taken in; what is here under this id is not ours to drop
         except BaseException:
@@ -96,19 +96,16 @@ class PrefillWorker:
         """Give up what is in progress: the router prefills it elsewhere."""
         self._give_up(PrefillFailed("the instance is stopping"))
 
-    async def _prefilled(self, spec: SequenceSpec, output: SequenceOutput) -> Prefilled:
+    def _prefilled(self, spec: SequenceSpec, output: SequenceOutput) -> Prefilled:
         ticket, hidden_state = None, b""
         if output.finish_reason is None:
             if output.hidden_state is not None:
                 hidden_state = pack_hidden_state(output.hidden_state)
-            try:
-                block_ids, resident_tokens = await self._instance.engine.call(lambda core: core.held(spec.request_id))
-            except UnknownRequest:
-                raise _superseded(spec) from None
-            # A newer epoch that came meanwhile frees these blocks, or they are its own.
+            # A newer epoch that came meanwhile frees these blocks, or has; it cannot be over yet. Nothing is awaited
+            # between the output and the lease.
             if any(waiting_id == spec.request_id and epoch > spec.epoch for waiting_id, epoch in self._waiting):
                 raise _superseded(spec)
-            ticket = self._instance.lease(spec, block_ids, resident_tokens)
+            ticket = self._instance.lease(spec, output.held_block_ids, output.resident_tokens)
         return Prefilled(
             token_id=output.token_ids[0],
             finish_reason=output.finish_reason,

@@ -12,7 +12,7 @@ import pytest
 
 from services.prefill.worker import Prefilled, PrefillFailed, PrefillWorker, WrongModel
 from starmesh.clock import WallClock
-from starmesh.engine.engine import EngineCore
+from starmesh.engine.engine import EngineCore, SequenceOutput
 from starmesh.engine.scheduler import CapacityError, DuplicateRequest, QueueFull
 from starmesh.ledger.memory import MemoryLedger
 from starmesh.types import Role, SequenceSpec
@@ -148,20 +148,42 @@ async def test_epochs_that_overtake_each_other_never_share_blocks(prefill: Runni
 
 
 async def test_an_older_epoch_that_comes_to_itself_late_leases_nothing() -> None:
-    """Its blocks are freed between the look at them and the lease."""
+    """A newer one comes between its output and the lease, and frees its blocks."""
+    executor = GatedExecutor()
+    async with running_instance(Role.PREFILL, MemoryLedger(WallClock()), PrefillWorker, executor=executor) as prefill:
+        worker, instance = prefill.worker, prefill.instance
+        older = asyncio.create_task(worker.prefill(spec(epoch=1), "checking"))
+        await executor.in_step()
+        newer: list[asyncio.Task[Prefilled]] = []
+
+        def deliver(outputs: list[SequenceOutput]) -> None:
+            # Runs before the older one, which hears of its output after this.
+            newer.append(asyncio.create_task(worker.prefill(spec(epoch=2), "checking")))
+            instance._deliver = worker.deliver
+            worker.deliver(outputs)
+
+        instance._deliver = deliver
+        executor.gate.release()
+        (result,) = await asyncio.gather(older, return_exceptions=True)
+        assert isinstance(result, PrefillFailed)
+        executor.gate.release()
+        done = await newer[0]
+        assert prefill.instance.leases == 1
+        drop(prefill, done)
+        await prefill.nothing_left()
+
+
+async def test_a_newer_epoch_ends_the_lease_of_an_older_one() -> None:
+    """The older one hears of its output first."""
     executor = GatedExecutor()
     async with running_instance(Role.PREFILL, MemoryLedger(WallClock()), PrefillWorker, executor=executor) as prefill:
         worker = prefill.worker
         older = asyncio.create_task(worker.prefill(spec(epoch=1), "checking"))
         await executor.in_step()
         executor.gate.release()
-        while not worker._waiting["a", 1].done():
-            await asyncio.sleep(0)
-        # Both run before the older one hears of its output.
+        await older
         newer = asyncio.create_task(worker.prefill(spec(epoch=2), "checking"))
         executor.gate.release()
-        (result,) = await asyncio.gather(older, return_exceptions=True)
-        assert isinstance(result, PrefillFailed)
         done = await newer
         assert prefill.instance.leases == 1
         drop(prefill, done)
