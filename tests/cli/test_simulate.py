@@ -56,7 +56,6 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-@fast
 def test_help_loads_nothing_that_takes_time() -> None:
     code = (
         "import sys\nfrom starmesh.cli.app import app\n"

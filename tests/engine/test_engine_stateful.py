@@ -20,8 +20,6 @@ from starmesh.types import FinishReason, SamplingParams, SequenceSpec
 from tests.engine.checking_executor import EOS, CheckingExecutor, reference_tokens
 from tests.engine.test_engine import StopAtToken
 
-pytestmark = pytest.mark.fast
-
 TOTAL_BLOCKS = 7
 BLOCK_TOKENS = 3
 MAX_SEQUENCE_TOKENS = TOTAL_BLOCKS * BLOCK_TOKENS - 2
@@ -318,3 +316,8 @@ class EnginesMachine(RuleBasedStateMachine):
 
 TestEngines = EnginesMachine.TestCase
 TestEngines.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.fast
+class TestEnginesInShort(EnginesMachine.TestCase):  # type: ignore[misc, valid-type]
+    settings = settings(max_examples=20, stateful_step_count=50, deadline=None)

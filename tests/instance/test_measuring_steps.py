@@ -12,7 +12,9 @@ from starmesh.instance.measuring.steps import MeasuredSteps, measure_steps
 from starmesh.profiles import Profile, load_profile, profile_names
 from starmesh.profiles.fit import fit_steps
 
-pytestmark = pytest.mark.fast
+QUICK = ("laptop-cpu", "h100-7b")
+PROFILES = [pytest.param(name, marks=pytest.mark.fast if name in QUICK else ()) for name in profile_names()]
+"""The fast lane measures two."""
 
 
 def measure(profile: Profile, *, budget_s: float, noise: float = 0.0) -> tuple[MeasuredSteps, list[float]]:
@@ -47,7 +49,7 @@ def measure(profile: Profile, *, budget_s: float, noise: float = 0.0) -> tuple[M
     return steps, parts
 
 
-@pytest.mark.parametrize("name", profile_names())
+@pytest.mark.parametrize("name", PROFILES)
 def test_the_costs_of_a_profile_are_found(name: str) -> None:
     profile = load_profile(name).with_memory(20_000)  # all of it would take long contexts, and long to test
     steps, parts = measure(profile, budget_s=0.1)
@@ -69,11 +71,13 @@ def test_noise_is_measured_and_averaged_out() -> None:
     assert fit.step_token_s == pytest.approx(profile.cost.step_token_s, rel=0.1)
 
 
+@pytest.mark.fast
 def test_one_round_is_made_however_short_the_time() -> None:
     steps, parts = measure(load_profile("laptop-cpu"), budget_s=1e-3)
     assert steps.rounds == 1 and parts[-1] == 1.0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kv_tokens", [16, 64])
 def test_a_pool_too_small_to_measure_is_refused(kv_tokens: int) -> None:
     with pytest.raises(MeasuringFailed, match="--kv-memory-mib"):

@@ -11,8 +11,6 @@ from hypothesis.extra import numpy as hypothesis_numpy
 
 from starmesh.prediction.recalibration import BUCKET_EDGES, MIN_REQUESTS, Recalibration
 
-pytestmark = pytest.mark.fast
-
 _UNCUT = 1 << 40
 _LEVELS = np.array([0.5, 0.9])
 _SHAPE = 3.0
@@ -48,7 +46,9 @@ def simulate(
     return recalibration, np.array([np.concatenate(rows).mean(axis=0) for rows in inside if len(rows) >= 250])
 
 
-@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.4, 0.3), (3.0, 2.0), (0.5, 4.0)], ids=str)
+@pytest.mark.parametrize(
+    "scale", [(1.0, 1.0), (0.4, 0.3), (3.0, 2.0), pytest.param((0.5, 4.0), marks=pytest.mark.fast)], ids=str
+)
 def test_quantiles_hold_in_every_bucket(scale: tuple[float, float]) -> None:
     _, coverage = simulate(scale, requests=1200)
     assert len(coverage) == 4
@@ -63,6 +63,7 @@ def test_quantiles_hold_where_requests_are_cut() -> None:
     assert coverage[:3, 1] == pytest.approx(0.9, abs=0.04)
 
 
+@pytest.mark.fast
 def test_nothing_changes_before_enough_requests_have_ended() -> None:
     recalibration, _ = simulate((0.1, 0.1), requests=MIN_REQUESTS - 1)
     predicted = np.array([[5.0, 9.0], [0.0, 0.0]], dtype=np.float32)
@@ -71,6 +72,7 @@ def test_nothing_changes_before_enough_requests_have_ended() -> None:
     assert recalibration.correct(np.array([0, 100]), predicted)[0, 0] > 5.0
 
 
+@pytest.mark.fast
 def test_each_sample_weighs_the_same() -> None:
     """Two thirds of the requests have a sample that needs a factor of 10; the other third ``many`` that need 2."""
     for many, factors in ((1, [10.0, 10.0]), (3, [2.0, 10.0]), (30, [2.0, 2.0])):
@@ -84,6 +86,7 @@ def test_each_sample_weighs_the_same() -> None:
         assert corrected[0].tolist() == pytest.approx([10 * factor - 1 for factor in factors], abs=1e-3)
 
 
+@pytest.mark.fast
 def test_quantiles_that_are_right_stay() -> None:
     """Of the requests that come to a bucket those that end soon must not outweigh those that stay."""
     recalibration, _ = simulate((1.0, 1.0), requests=600)
@@ -91,6 +94,7 @@ def test_quantiles_that_are_right_stay() -> None:
     assert recalibration.correct(np.array([0, 40, 100]), predicted) == pytest.approx(predicted, rel=0.15)
 
 
+@pytest.mark.fast
 def test_requests_that_are_mostly_cut_lower_nothing() -> None:
     """One in fifty ends, as early as the others are cut: how long those would have become nobody knows."""
     recalibration = Recalibration()
@@ -101,6 +105,7 @@ def test_requests_that_are_mostly_cut_lower_nothing() -> None:
     assert recalibration.correct(positions, predicted).tolist() == predicted.tolist()
 
 
+@pytest.mark.fast
 def test_requests_that_were_all_cut_tell_nothing() -> None:
     recalibration = Recalibration(min_requests=5)
     for _ in range(20):
@@ -111,6 +116,7 @@ def test_requests_that_were_all_cut_tell_nothing() -> None:
     assert recalibration.correct(np.array([0]), predicted).tolist() == predicted.tolist()
 
 
+@pytest.mark.fast
 def test_it_follows_the_traffic() -> None:
     recalibration = Recalibration(window=100, min_requests=50)
     predicted = np.array([[9.0, 9.0]], dtype=np.float32)
@@ -124,6 +130,7 @@ def test_it_follows_the_traffic() -> None:
 QUANTILES = hypothesis_numpy.arrays(np.float32, (3, 2), elements=st.floats(0, 1e6, width=32))
 
 
+@pytest.mark.fast
 @given(QUANTILES, QUANTILES, st.integers(0, 3000), st.booleans())
 def test_quantiles_stay_in_order(
     observed: npt.NDArray[np.float32], predicted: npt.NDArray[np.float32], total: int, finished: bool
@@ -136,6 +143,7 @@ def test_quantiles_stay_in_order(
     assert (corrected[:, 0] >= 0).all() and (corrected[:, 1] >= corrected[:, 0]).all()
 
 
+@pytest.mark.fast
 def test_a_window_that_never_holds_enough_is_refused() -> None:
     with pytest.raises(ValueError, match="never holds"):
         Recalibration(window=10, min_requests=11)

@@ -16,8 +16,6 @@ from starmesh.profiles.profile import DTYPES
 from starmesh.profiles.profile_file import number_names
 from starmesh.types import KvLayout
 
-pytestmark = pytest.mark.fast
-
 positive = st.floats(min_value=1e-12, max_value=1e15)
 costs = st.floats(min_value=0, max_value=1e6)
 counts = st.integers(1, 1 << 40)
@@ -60,6 +58,7 @@ def edited(directory: Path, pattern: str, replacement: str) -> Path:
     return path
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("pattern", "replacement", "complaint"),
     [
@@ -92,6 +91,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, pattern: str, replacem
     assert str(path) in str(refused.value)
 
 
+@pytest.mark.fast
 def test_a_profile_that_is_nowhere_is_told_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"no profile 'abacus': use one of h100-32b, .*laptop-cpu"):
         load_profile("abacus")
@@ -99,12 +99,14 @@ def test_a_profile_that_is_nowhere_is_told_what_there_is(tmp_path: Path) -> None
         load_profile(tmp_path / "mine.toml")
 
 
+@pytest.mark.fast
 def test_a_shipped_profile_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("h100-7b").write_text("nothing")
     assert load_profile("h100-7b").name == "h100-7b"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", profile_names())
 def test_every_number_that_ships_says_where_it_comes_from(name: str) -> None:
     profile = load_profile(name)

@@ -18,11 +18,10 @@ from starmesh.sim.series import SeriesRecorder
 from starmesh.types import InstanceLoad, Migration, MigrationReason
 from tests.sim.runs import config_of, outcome
 
-pytestmark = pytest.mark.fast
-
 VALUES = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
 
 
+@pytest.mark.fast
 @settings(max_examples=40)
 @given(values=VALUES, each=st.integers(1, 3), split=st.integers(0, 60))
 def test_a_histogram_says_the_same_however_its_values_come(values: list[float], each: int, split: int) -> None:
@@ -36,6 +35,7 @@ def test_a_histogram_says_the_same_however_its_values_come(values: list[float], 
     assert np.array_equal(in_arrays.counts, one_by_one.counts)
 
 
+@pytest.mark.fast
 @settings(max_examples=40)
 @given(values=st.lists(st.floats(2e-5, 9e4), min_size=1, max_size=80), quantile=st.sampled_from(QUANTILES))
 def test_its_quantiles_are_as_near_as_a_bin_is_wide(values: list[float], quantile: float) -> None:
@@ -48,6 +48,7 @@ def test_its_quantiles_are_as_near_as_a_bin_is_wide(values: list[float], quantil
     assert list(found.quantiles) == sorted(found.quantiles)
 
 
+@pytest.mark.fast
 def test_a_histogram_of_many_values_and_of_none() -> None:
     histogram = LogHistogram()
     assert math.isnan(histogram.distribution().p99) and math.isnan(histogram.distribution().mean)
@@ -67,6 +68,7 @@ def test_a_histogram_of_many_values_and_of_none() -> None:
         _ = far.counts
 
 
+@pytest.mark.fast
 def test_only_requests_that_arrive_in_the_measured_time_are_measured() -> None:
     measurements = Measurements(config_of(warm_up_s=10.0, measure_until_s=30.0, slos=(Slo(1.0, 0.1), Slo(9.0, 9.0))))
     measurements.finished(outcome("early", arrived_s=9.0))
@@ -88,6 +90,7 @@ def test_only_requests_that_arrive_in_the_measured_time_are_measured() -> None:
     assert (result.recomputed_tokens, result.duration_s) == (7, 60.0)
 
 
+@pytest.mark.fast
 def test_an_slo_is_met_to_the_last_moment_and_a_single_token_has_no_tpot_to_miss() -> None:
     measurements = Measurements(config_of(slos=(Slo(0.5, 0.1),)))
     measurements.finished(outcome("edge", arrived_s=0.0, first_token_s=0.5, finished_s=1.5, output_tokens=11))
@@ -95,6 +98,7 @@ def test_an_slo_is_met_to_the_last_moment_and_a_single_token_has_no_tpot_to_miss
     assert measurements.result(ended_at_s=9.0, wall_s=0.1).goodput[0].good == 2
 
 
+@pytest.mark.fast
 def test_migrations_count_by_reason_and_outcome() -> None:
     measurements = Measurements(config_of())
     load, memory = (Migration("r", "a", "b", 1, reason) for reason in (MigrationReason.LOAD, MigrationReason.MEMORY))
@@ -112,6 +116,7 @@ def test_migrations_count_by_reason_and_outcome() -> None:
     assert found.stood_still.most == 0.01
 
 
+@pytest.mark.fast
 def test_the_digest_tells_runs_apart_and_no_more() -> None:
     def digests(*, gap_s: float = 0.1, wall_s: float = 1.0, every_step: bool = False) -> tuple[str, str]:
         measurements = Measurements(config_of(every_step=every_step))
@@ -128,6 +133,7 @@ def load_of(resident_tokens: int, *, free_blocks: int = 60, running: int = 3) ->
     return InstanceLoad(100, free_blocks, running, waiting_sequences=1, resident_tokens=resident_tokens)
 
 
+@pytest.mark.fast
 def test_the_series_says_how_unevenly_tokens_lie() -> None:
     series = SeriesRecorder(instances=2)
     series.sample(0.1, {"a": load_of(300), "b": load_of(100, free_blocks=10)}, preemptions=0, migrations=0)
@@ -160,6 +166,7 @@ def test_a_long_run_takes_no_more_points_and_loses_nothing() -> None:
     assert found.kv_use[63][-1] is None and found.preemptions[-1] == 1499
 
 
+@pytest.mark.fast
 def test_samples_become_rarer_but_leave_no_point_out() -> None:
     measurements = Measurements(config_of())
     now_s = intervals = 0.0
@@ -172,6 +179,7 @@ def test_samples_become_rarer_but_leave_no_point_out() -> None:
     assert None not in series.variation
 
 
+@pytest.mark.fast
 def test_a_run_of_nothing_has_a_result() -> None:
     result = Measurements(config_of(warm_up_s=5.0)).result(ended_at_s=0.0, wall_s=0.0)
     assert result.goodput[0].per_s == result.goodput[0].share == result.execution.simulated_tokens_per_s == 0.0

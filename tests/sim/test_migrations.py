@@ -18,8 +18,6 @@ from starmesh.sim.owners import LEDGER_S
 from starmesh.types import Migration, MigrationReason
 from tests.sim.moving import BLOCK_TOKENS, PROFILE, MovingCluster, random_cluster, run_seed
 
-pytestmark = pytest.mark.fast
-
 BLOCK_BYTES = PROFILE.layout.block_bytes
 SLOW = dataclasses.replace(PROFILE, link=Link(1e6, 1e-3))
 """A block takes three steps."""
@@ -41,6 +39,7 @@ def states(cluster: MovingCluster) -> tuple[SourceState | None, TargetState | No
     return (None if source is None else source[1].end.state, None if target is None else target.end.state)
 
 
+@pytest.mark.fast
 def test_a_move_costs_its_bytes_and_a_gap_of_the_tail_the_messages_and_the_claim() -> None:
     cluster = MovingCluster()
     moving(cluster)
@@ -60,6 +59,7 @@ def test_a_move_costs_its_bytes_and_a_gap_of_the_tail_the_messages_and_the_claim
     assert cluster.size_bytes == [-(-resident_tokens // BLOCK_TOKENS) * BLOCK_BYTES]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("prompt_tokens", [10, 1000, 4000])
 def test_the_gap_does_not_grow_with_the_sequence(prompt_tokens: int) -> None:
     cluster = MovingCluster()
@@ -71,6 +71,7 @@ def test_the_gap_does_not_grow_with_the_sequence(prompt_tokens: int) -> None:
     assert cluster.size_bytes[0] >= prompt_tokens // BLOCK_TOKENS * BLOCK_BYTES
 
 
+@pytest.mark.fast
 def test_two_moves_over_one_link_take_twice_as_long() -> None:
     def took_s(*targets: str) -> float:
         cluster = MovingCluster(dataclasses.replace(PROFILE, link=Link(1e7, 1e-5)))
@@ -85,6 +86,7 @@ def test_two_moves_over_one_link_take_twice_as_long() -> None:
     assert took_s("d1", "d2") == pytest.approx(2 * took_s("d1"), rel=0.15)  # but for waits for steps
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dies", ["d0", "d1"])
 def test_either_end_dies_at_any_moment(dies: str) -> None:
     """At each event of a migration, and between any two: the request is answered whole, by one owner at a time."""
@@ -117,6 +119,7 @@ def run_until(cluster: MovingCluster, state: SourceState | TargetState) -> None:
         assert cluster.loop.turn()
 
 
+@pytest.mark.fast
 def test_a_source_takes_its_sequence_back_from_a_target_that_dies_during_the_commit() -> None:
     cluster = MovingCluster()
     moving(cluster)
@@ -129,6 +132,7 @@ def test_a_source_takes_its_sequence_back_from_a_target_that_dies_during_the_com
     assert (cluster.requests["q"].instance_id, cluster.requests["q"].epoch) == ("d0", 5)
 
 
+@pytest.mark.fast
 def test_a_target_that_has_won_goes_on_when_its_source_dies_and_the_router_finds_it() -> None:
     cluster = MovingCluster()
     moving(cluster)
@@ -143,6 +147,7 @@ def test_a_target_that_has_won_goes_on_when_its_source_dies_and_the_router_finds
     cluster.check_at_rest()
 
 
+@pytest.mark.fast
 def test_a_preempted_sequence_stays() -> None:
     cluster = MovingCluster(dataclasses.replace(SLOW, total_blocks=40))
     cluster.place("old", 100, 400, "d0")
@@ -153,6 +158,7 @@ def test_a_preempted_sequence_stays() -> None:
     assert cluster.ends[0][1:] == (False, Cause.PREEMPTED)
 
 
+@pytest.mark.fast
 def test_a_sequence_that_ends_on_its_way_is_done() -> None:
     cluster = MovingCluster(SLOW)
     moving(cluster, 1000, 60)
@@ -161,6 +167,7 @@ def test_a_sequence_that_ends_on_its_way_is_done() -> None:
     assert cluster.ends[0][1:] == (False, Cause.FINISHED)
 
 
+@pytest.mark.fast
 def test_what_a_source_does_not_take() -> None:
     cluster = MovingCluster()
     for number in range(MAX_MIGRATIONS + 1):
@@ -186,6 +193,7 @@ def test_what_a_source_does_not_take() -> None:
     assert cluster.migrations.migrated("d1") == MAX_MIGRATIONS
 
 
+@pytest.mark.fast
 def test_what_has_just_come_does_not_go_on_before_its_router_is_there() -> None:
     cluster = MovingCluster()
     moving(cluster)
@@ -199,6 +207,7 @@ def test_what_has_just_come_does_not_go_on_before_its_router_is_there() -> None:
     assert cluster.requests["q"].instance_id == "d2"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("why", ["drains", "busy", "full"])
 def test_what_a_target_refuses(why: str) -> None:
     cluster = MovingCluster(SLOW, instances=4)
@@ -225,23 +234,27 @@ def test_many_runs_from_seeds_and_they_meet_what_they_are_meant_to() -> None:
     assert met == CAUSES
 
 
+@pytest.mark.fast
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1000, 1 << 32))
 def test_any_seed(seed: int) -> None:
     run_seed(seed)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", [3, 8])
 def test_a_run_is_its_seed(seed: int) -> None:
     assert run_seed(seed).log == run_seed(seed).log
 
 
+@pytest.mark.fast
 def test_a_failing_run_names_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.sim.moving.MAX_EVENTS", 5)
     with pytest.raises(AssertionError, match=r"replay it: python -m tests.sim.moving 7"):
         run_seed(7)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", range(5))
 def test_leaps_change_nothing(seed: int) -> None:
     logs = []
