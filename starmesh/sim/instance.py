@@ -10,28 +10,25 @@ it, but its outputs and its tokens count when it ends, and not at all if the ins
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, NoReturn, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from starmesh.clock import VirtualClock
-from starmesh.engine.emulated import EOS_TOKEN_ID, EmulatedExecutor, StepNoise
-from starmesh.engine.engine import EngineConfig, EngineCore, SequenceOutput
+from starmesh.engine.engine import EngineCore, SequenceOutput
 from starmesh.engine.scheduler import SchedulingError
 from starmesh.engine.sequence import SequenceStatus
 from starmesh.profiles import Profile
 from starmesh.sequence_loads import SequenceLoads
 from starmesh.sim.events import Event, EventLoop
 from starmesh.sim.leap import Leap, plan_leap
-from starmesh.sim.leaping_sequence import OwingPool, SharedSteps
 from starmesh.sim.roster import Roster
+from starmesh.sim.simulated_core import SimulatedCore
 from starmesh.sim.token_times import SharedTimes, TokenTimes
-from starmesh.types import InstanceInfo, InstanceLoad, SequenceSpec
+from starmesh.types import InstanceInfo, InstanceLoad
 
 T = TypeVar("T")
 
@@ -76,51 +73,25 @@ class SimulatedInstance:
         self.alive = True
         self._loop = loop
         self._order = 1 + stream
-        self._token_times = token_times
-        self._shared_times = SharedTimes(token_times)
         self._listener = listener
-        self._clock = VirtualClock(loop.now_s)
-        self._executor = EmulatedExecutor(
-            layout=profile.layout,
-            total_blocks=profile.total_blocks,
-            cost=profile.cost,
-            noise=StepNoise(profile.step_noise, seed=seed, stream=stream),
-            ends_at=lambda item: total_tokens[item.request_id],
-            wait=self._clock.advance,
-        )
-        pool = OwingPool(profile.total_blocks, block_tokens=profile.layout.block_tokens)
-        self._total_tokens = total_tokens
-        self._shared = SharedSteps(pool, ends_at=self._ends_at)
-        self._core = EngineCore(
-            self._executor,
-            EngineConfig(
-                eos_token_ids=frozenset({EOS_TOKEN_ID}),
-                max_sequence_tokens=profile.max_sequence_tokens,
-                max_step_tokens=profile.max_step_tokens,
-                max_sequences=profile.max_sequences,
-            ),
-            stop_checker=_no_stop_strings,
-            clock=self._clock,
-            pool=pool,
-            make_sequence=self._shared.sequence,
-            checks_when_idle=False,  # a recount of a large pool costs more than a thousand steps
-        )
+        self._shared_times = SharedTimes(token_times)
+        self._core = SimulatedCore(profile, now_s=loop.now_s, seed=seed, stream=stream, total_tokens=total_tokens)
+        self._roster = Roster(self._core)
         self._calls: deque[Callable[[], None]] = deque()
         self._turn: Event | None = None  # when the next step may begin
         self._stepping = False  # a step or a call is under way
         self._outputs: list[SequenceOutput] = []  # of the step under way
         self._every_step = every_step
         self._leap: Leap | None = None  # the steps under way
-        self._roster = Roster(self._core, self._shared)
 
     def __repr__(self) -> str:
-        return f"<SimulatedInstance {self.info.instance_id} {self._core!r}>"
+        return f"<SimulatedInstance {self.info.instance_id} {self._core.engine!r}>"
 
     @property
     def core(self) -> EngineCore:
         """Its core after the step under way, to be looked at; to be changed by ``call``."""
         self._catch_up()
-        return self._core
+        return self._core.engine
 
     def call(
         self,
@@ -132,7 +103,7 @@ class SimulatedInstance:
 
         def run() -> None:
             try:
-                result: T | SchedulingError | ValueError = do(self._core)
+                result: T | SchedulingError | ValueError = do(self._core.engine)
             except (SchedulingError, ValueError) as error:
                 result = error
             self._look_at_sequences()
@@ -148,14 +119,14 @@ class SimulatedInstance:
         self._stepping = True
         self._run_calls()
         self._stepping = False
-        if self.alive and self._turn is None and self._core.runnable:
+        if self.alive and self._turn is None and self._core.engine.runnable:
             # Not at once: what else is asked for at this moment is in the same step.
             self._turn = self._loop.at(self._loop.now_s, self._take_turn, order=self._order)
 
     def load(self) -> InstanceLoad:
         """The load after the step under way, without estimates; its sequences in columns."""
         if self._every_step:
-            load = self._core.load()
+            load = self._core.engine.load()
             return replace(load, sequences=SequenceLoads.of(load.sequences))
         self._catch_up()
         return self._look_at_sequences().load()
@@ -179,7 +150,7 @@ class SimulatedInstance:
         self._end_step()
         while self.alive:
             self._run_calls()
-            if not self._core.runnable:
+            if not self._core.engine.runnable:
                 break
             if self._begin_leap() or self._begin_step():
                 return
@@ -207,14 +178,14 @@ class SimulatedInstance:
 
     def _look_at_sequences(self) -> Roster:
         """What its sequences come to now."""
-        if self._roster.version != self._shared.version:
-            self._roster = Roster(self._core, self._shared)
+        if self._roster.version != self._core.shared.version:
+            self._roster = Roster(self._core)
             self._shared_times.keep(self._roster.request_ids)
         return self._roster
 
     def _run_calls(self) -> None:
         if self._calls:
-            self._clock.reach(self._loop.now_s)
+            self._core.clock.reach(self._loop.now_s)
         while self._calls:
             self._calls.popleft()()
 
@@ -222,9 +193,7 @@ class SimulatedInstance:
         """Begin as many steps at once as can be; False for none."""
         if self._every_step:
             return False
-        self._leap = plan_leap(
-            self._core, self._executor, self._shared, self._look_at_sequences(), now_s=self._loop.now_s
-        )
+        self._leap = plan_leap(self._core, self._look_at_sequences(), now_s=self._loop.now_s)
         if self._leap is None:
             return False
         self._turn = self._loop.at(float(self._leap.ends_s[-1]), self._take_turn, order=self._order)
@@ -252,30 +221,21 @@ class SimulatedInstance:
 
     def _begin_step(self) -> bool:
         """Make a step. False when it took no time: then it has found room by preemption, and another may follow."""
-        self._clock.reach(self._loop.now_s)
-        scheduler = self._core.scheduler
-        running, preemptions, steps = list(scheduler.running), scheduler.preemptions, self._executor.steps
-        self._outputs = self._core.step()
+        self._core.clock.reach(self._loop.now_s)
+        scheduler, executor = self._core.engine.scheduler, self._core.executor
+        running, preemptions, steps = list(scheduler.running), scheduler.preemptions, executor.steps
+        self._outputs = self._core.engine.step()
         for output in self._outputs:
             if output.error is not None:
                 raise RuntimeError(f"{self.info.instance_id}: {output.error}")
-        begun = self._executor.steps != steps
+        begun = executor.steps != steps
         if begun:
-            self._turn = self._loop.at(self._clock.now_s(), self._take_turn, order=self._order)
+            self._turn = self._loop.at(self._core.clock.now_s(), self._take_turn, order=self._order)
         if scheduler.preemptions != preemptions:
             victims = [each.request_id for each in running if each.status is SequenceStatus.WAITING]
             self._listener.preempted(self, victims[::-1])
         return begun
 
     def _has_left(self, output: SequenceOutput) -> bool:
-        sequence = self._core.scheduler.sequences.get(output.request_id)
+        sequence = self._core.engine.scheduler.sequences.get(output.request_id)
         return sequence is None or sequence.status is not SequenceStatus.RUNNING
-
-    def _ends_at(self, spec: SequenceSpec) -> int:
-        total = math.inf if spec.sampling.ignore_eos else self._total_tokens[spec.request_id]
-        limit = self._core.scheduler.limit_tokens(hold=False)
-        return int(min(total, len(spec.prompt_token_ids) + spec.sampling.max_output_tokens, limit))
-
-
-def _no_stop_strings(spec: SequenceSpec) -> NoReturn:
-    raise ValueError(f"{spec.request_id} has stop strings, but a simulated output has no text")

@@ -15,10 +15,9 @@ from bisect import bisect_right
 import numpy as np
 
 from starmesh.engine.batch import BatchItem
-from starmesh.engine.emulated import EmulatedExecutor
-from starmesh.engine.engine import EngineCore, SequenceOutput
-from starmesh.sim.leaping_sequence import SharedSteps
+from starmesh.engine.engine import SequenceOutput
 from starmesh.sim.roster import Roster
+from starmesh.sim.simulated_core import SimulatedCore
 
 MAX_STEPS = 128
 """Steps planned at a time. Most leaps are cut short by a call, and what was planned beyond it was for nothing."""
@@ -31,9 +30,7 @@ class Leap:
 
     def __init__(
         self,
-        core: EngineCore,
-        executor: EmulatedExecutor,
-        shared: SharedSteps,
+        core: SimulatedCore,
         roster: Roster,
         *,
         began_s: float,
@@ -42,14 +39,14 @@ class Leap:
         self.made = 0
         self.outputs: list[SequenceOutput] = []
         self.request_ids = roster.request_ids
-        durations_s = executor.next_durations_s(len(self.request_ids), roster.resident_tokens(shared.made), steps)
+        durations_s = core.executor.next_durations_s(
+            len(self.request_ids), roster.resident_tokens(core.shared.made), steps
+        )
         self._times_s = np.add.accumulate(np.concatenate(((began_s,), durations_s)))
         self.ends_s = self._times_s[1:]
         self._core = core
-        self._executor = executor
-        self._shared = shared
         self._roster = roster
-        self._began_made = shared.made
+        self._began_made = core.shared.made
 
     def cut(self) -> None:
         """Leave out the steps that have not begun."""
@@ -69,14 +66,14 @@ class Leap:
         # Not the durations planned: a clock that was moved by them shows these, rounded.
         times_s = self._times_s[self.made : steps + 1]
         tokens = (steps - self.made) * len(self.request_ids) - len(self.outputs)
-        self._core.note_steps((times_s[1:] - times_s[:-1]).tolist(), tokens)
-        self._executor.steps += steps - self.made
+        self._core.engine.note_steps((times_s[1:] - times_s[:-1]).tolist(), tokens)
+        self._core.executor.steps += steps - self.made
         self.made = steps
 
     def _move(self, made: int, *, spared: int = 0) -> None:
-        blocks = self._roster.new_blocks(self._shared.made, made) - spared
-        self._shared.made = made
-        self._shared.pool.owe(blocks)
+        blocks = self._roster.new_blocks(self._core.shared.made, made) - spared
+        self._core.shared.made = made
+        self._core.shared.pool.owe(blocks)
 
     def _end(self, made: int) -> None:
         """Make the last step of those sequences that end with it."""
@@ -90,24 +87,22 @@ class Leap:
                 history=sequence.token_ids,
             )
             sequence.waive_owed_blocks()
-            output = self._core.take_token(sequence, self._executor.next_token_id(item))
+            output = self._core.engine.take_token(sequence, self._core.executor.next_token_id(item))
             if output.finish_reason is None:
                 raise RuntimeError(f"{sequence.request_id} was to end with token {output.offset} and did not: {output}")
             self.outputs.append(output)
 
 
-def plan_leap(
-    core: EngineCore, executor: EmulatedExecutor, shared: SharedSteps, roster: Roster, *, now_s: float
-) -> Leap | None:
+def plan_leap(core: SimulatedCore, roster: Roster, *, now_s: float) -> Leap | None:
     """The steps that begin now, as long as each of them is one more token of each running sequence and nothing else;
     None when the first of them is not."""
-    if not roster.all_decode or not core.scheduler.admits_nobody:
+    if not roster.all_decode or not core.engine.scheduler.admits_nobody:
         return None
-    made, free_blocks = shared.made, shared.pool.free_blocks
+    made, free_blocks = core.shared.made, core.shared.pool.free_blocks
     steps = min(MAX_STEPS, roster.first_end_made - made)
     if roster.new_blocks(made, made + steps) > free_blocks:
         steps = bisect_right(range(1, steps), free_blocks, key=lambda count: roster.new_blocks(made, made + count))
         if steps == 0:
             return None
     roster.note_first_step(now_s)
-    return Leap(core, executor, shared, roster, began_s=now_s, steps=steps)
+    return Leap(core, roster, began_s=now_s, steps=steps)

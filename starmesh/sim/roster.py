@@ -13,9 +13,9 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from starmesh.engine.engine import EngineCore
 from starmesh.sequence_loads import UNKNOWN, SequenceLoads
-from starmesh.sim.leaping_sequence import LeapingSequence, SharedSteps
+from starmesh.sim.leaping_sequence import LeapingSequence
+from starmesh.sim.simulated_core import SimulatedCore
 from starmesh.types import InstanceLoad
 
 Counts = npt.NDArray[np.int64]
@@ -25,12 +25,12 @@ TABLE_STEPS = 128
 
 
 class Roster:
-    """``core``'s sequences; valid while ``version`` is ``shared``'s."""
+    """``core``'s sequences; valid while ``version`` is its shared steps'."""
 
-    def __init__(self, core: EngineCore, shared: SharedSteps) -> None:
+    def __init__(self, core: SimulatedCore) -> None:
+        self._core = core.engine
+        self._shared = shared = core.shared
         self.version = shared.version
-        self._core = core
-        self._shared = shared
         self._block_tokens = shared.pool.block_tokens
         self._table_made = 0
         self._table: list[int] = []
