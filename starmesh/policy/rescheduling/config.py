@@ -80,9 +80,9 @@ class ReschedulingConfig:
     in_flight_timeout_s: float = 60.0
     """A migration not heard of for so long has failed. Our choice; the protocol's own leases are shorter."""
 
-    hysteresis: float = 8.0
+    hysteresis: float = 32.0
     """``star_plus`` moves what gains this many times what moving it costs, both in sequence-seconds. Our choice, by
-    simulation: fewer moves to the same effect (docs/rescheduling.md)."""
+    simulation: half the moves of 8 to the same effect (docs/rescheduling.md)."""
 
     bystander_slowdown: float = 0.01
     """How much slower the other sequences of both ends decode during a transfer. Llumnix reports at most 1 %."""
