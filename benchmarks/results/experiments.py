@@ -22,14 +22,16 @@ LOOSE = Slo(ttft_s=10.0, tpot_s=0.05)
 WARM_UP_S = 900.0
 """A request of the mix decodes for up to 900 s: only then is the cluster as full as it will be."""
 
-MEASURED_S = 900.0
+MEASURED_S = 500.0
 """How long measured requests arrive."""
 
-SHADOW_S = 600.0
+SHADOW_S = 400.0
 """How long others arrive after them, so that the measured ones do not end in an emptying cluster."""
 
-STATIC = ("round_robin", "least_requests", "least_tokens")
-MOVING = ("llumnix", "current_load", "star", "star_plus", "star_plus_oracle")
+EDGE_TOKENS = 240_000
+"""KV memory at the edge: 19 requests of the mix on average, and at most 7 of its longest."""
+
+STATIC = ("round_robin", "least_tokens")
 BOUND = "perfect_balance"
 
 
@@ -72,46 +74,42 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
         decode: int = 3,
         profile: Profile = h100,
         seeds: Sequence[int] = seeds,
+        time: float = 1.0,
         **changes: object,
     ) -> Iterator[SimulationConfig]:
         for rate in rates:
             for name in names:
                 for seed in seeds:
-                    config = reasoning(name, decode=decode, rate=rate, profile=profile, seed=seed, time=effort.time)
+                    config = reasoning(
+                        name, decode=decode, rate=rate, profile=profile, seed=seed, time=effort.time * time
+                    )
                     yield dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
-    everyone = (*STATIC, *MOVING, BOUND)
-    some = ("least_tokens", "current_load", "star_plus", "star_plus_oracle")
+    pair = ("current_load", "star_plus")
+    edge = h100.with_memory(EDGE_TOKENS)
     return (
+        Experiment(
+            "memory",
+            "240,000 tokens of KV memory, around what it holds",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs((*STATIC, "current_load", "star", "star_plus", "star_plus_oracle"), (0.12, 0.14), profile=edge)),
+        ),
         Experiment(
             "load",
             "1 prefill and 3 decode instances, from light load to past saturation",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs(everyone, (0.05, 0.15, 0.2, 0.24, 0.3))),
+            tuple(runs((*STATIC, "llumnix", *pair, BOUND), (0.1, 0.25, 0.3))),
         ),
         Experiment(
-            "memory",
-            "KV memory of an instance, at a load that half of it would hold",
-            "thousand tokens of KV memory",
-            lambda config: round(config.profile.kv_tokens / 1000),
+            "small_memory",
+            "A 24 GB card: 58,736 tokens of KV memory, less than two of the longest requests",
+            "requests per second for each decode instance",
+            rate_per_instance,
             tuple(
-                config
-                for tokens in (120_000, 240_000, 480_000, 937_648)
-                for config in runs(
-                    (*some, BOUND), (0.24 * min(1.0, 1.1 * tokens / 937_648),), profile=h100.with_memory(tokens)
-                )
-            ),
-        ),
-        Experiment(
-            "interval",
-            "Seconds between rounds",
-            "seconds between rounds",
-            lambda config: config.round_interval_s,
-            tuple(
-                config
-                for interval_s in (0.1, 1.0, 10.0, 120.0)
-                for config in runs(some[1:], (0.22,), round_interval_s=interval_s)
+                dataclasses.replace(config, slos=(Slo(10.0, 0.03), Slo(60.0, 0.05)))
+                for config in runs((*STATIC, *pair), (0.01, 0.014), profile=load_profile("rtx4090-7b"), time=4.0)
             ),
         ),
         Experiment(
@@ -121,8 +119,8 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             lambda config: config.profile.link.bytes_per_s / 1e9,
             tuple(
                 config
-                for bytes_per_s in (0.125e9, 1.25e9, 12.5e9, 45e9)
-                for config in runs(some[1:], (0.22,), profile=h100.with_link(bytes_per_s=bytes_per_s))
+                for bytes_per_s in (0.125e9, 1.25e9)
+                for config in runs(pair, (0.14,), profile=edge.with_link(bytes_per_s=bytes_per_s))
             ),
         ),
         Experiment(
@@ -132,8 +130,8 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             lambda config: round(h100.cost.prefill_token_s / config.profile.cost.prefill_token_s, 3),
             tuple(
                 config
-                for factor in (0.25, 1.0, 4.0)
-                for config in runs(some, (0.24,), profile=h100.with_recompute_speed(factor))
+                for factor in (0.25, 4.0)
+                for config in runs(("least_tokens", *pair), (0.14,), profile=edge.with_recompute_speed(factor))
             ),
         ),
         Experiment(
@@ -141,28 +139,44 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             "Chat: short answers, where there is little to balance",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(chat(name, rate, seed, effort.time) for rate in (2.0, 10.0) for name in some for seed in seeds),
+            tuple(
+                chat(name, rate, seed, effort.time)
+                for rate in (2.0,)
+                for name in ("least_tokens", *pair)
+                for seed in seeds
+            ),
+        ),
+        Experiment(
+            "interval",
+            "Seconds between rounds",
+            "seconds between rounds",
+            lambda config: config.round_interval_s,
+            tuple(
+                config
+                for interval_s in (0.1, 10.0, 120.0)
+                for config in runs(pair, (0.14,), profile=edge, round_interval_s=interval_s)
+            ),
         ),
         Experiment(
             "size16",
             "16 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC[::2], *MOVING, BOUND), (0.2, 0.24), decode=16, seeds=seeds)),
+            tuple(runs((*STATIC, *pair), (0.25,), decode=16)),
         ),
         Experiment(
             "size64",
             "64 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs(("round_robin", *some), (0.24,), decode=64, seeds=few)),
+            tuple(runs(("least_tokens", *pair), (0.25,), decode=64, seeds=few)),
         ),
         Experiment(
             "size256",
             "256 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs(("round_robin", "least_tokens", "current_load", "star_plus"), (0.24,), decode=256, seeds=(0,))),
+            tuple(runs(("least_tokens", *pair), (0.25,), decode=256, seeds=(0,))),
         ),
     )
 
