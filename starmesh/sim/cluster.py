@@ -15,6 +15,7 @@ import numpy.typing as npt
 from starmesh.engine.block_pool import IntegrityError
 from starmesh.engine.engine import SequenceOutput
 from starmesh.migration.terms import Cause
+from starmesh.policy.dispatch import POLICIES
 from starmesh.policy.rescheduling import ReschedulingConfig
 from starmesh.profiles import Profile
 from starmesh.sequence_loads import SequenceLoads
@@ -76,6 +77,7 @@ class Cluster:
         self.router = Router(
             loop,
             dataclasses.replace(config, profile=self._profile),
+            POLICIES[config.strategy.dispatch],
             self.views,
             self._owners,
             self.instances,
@@ -91,7 +93,7 @@ class Cluster:
             rescheduling,
             interval_s=config.report_interval_s,
             relieve=moves,
-            begin=self._begin_migration,
+            begin=self.begin_migration,
         )
         self.rounds: Rounds | None = None
         if moves and not config.strategy.perfect_balance:
@@ -100,7 +102,7 @@ class Cluster:
                 self.views,
                 rescheduling,
                 interval_s=config.round_interval_s,
-                begin=self._begin_migration,
+                begin=self.begin_migration,
                 over=lambda: self.over,
             )
         for number in range(config.prefill_instances):
@@ -114,6 +116,13 @@ class Cluster:
         """A client asks."""
         self._total_tokens[request.request_id] = request.prompt_tokens + request.output_tokens
         self.router.arrive(number, request)
+
+    def begin_migration(self, migration: Migration) -> bool:
+        """Have a sequence move. Returns whether its source has taken the order."""
+        flight = self.router.flights.get(migration.request_id)
+        if flight is None or flight.decode_id != migration.source or not flight.decoding:
+            return False
+        return self.migrations.start(migration)
 
     def check_at_rest(self) -> None:
         """Once all is over: nothing may be left on any instance. Raises IntegrityError."""
@@ -237,12 +246,6 @@ class Cluster:
         self.network.remove(instance_id)
         self.migrations.instance_died(instance_id)
         self.router.lost(instance_id, tokens)
-
-    def _begin_migration(self, migration: Migration) -> bool:
-        flight = self.router.flights.get(migration.request_id)
-        if flight is None or flight.decode_id != migration.source or not flight.decoding:
-            return False
-        return self.migrations.start(migration)
 
     def _ended(self, outcome: RequestOutcome) -> None:
         del self._total_tokens[outcome.request_id]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from starmesh.engine.scheduler import QueueFull
 from starmesh.policy.admission import AdmissionQueue, Need, Waiting
-from starmesh.policy.dispatch import POLICIES, DispatchConfig, DispatchMemory, DispatchRequest, NoPlacement
+from starmesh.policy.dispatch import DispatchConfig, DispatchMemory, DispatchPolicy, DispatchRequest, NoPlacement
 from starmesh.sim.config import SimulationConfig
 from starmesh.sim.events import Event, EventLoop
 from starmesh.sim.handoff import Handoff
@@ -87,6 +87,7 @@ class Router:
 
     loop: EventLoop
     config: SimulationConfig
+    policy: DispatchPolicy
     views: Views
     owners: Owners
     instances: dict[str, SimulatedInstance]
@@ -206,14 +207,13 @@ class Router:
 
     def _place(self, flight: Flight) -> bool:
         """Dispatch and begin the prefill. Returns False when there is no place now."""
-        policy = POLICIES[self.config.strategy.dispatch]
         # Only the first of those that wait comes here.
         flight.first_s = self.loop.now_s if flight.first_s is None else flight.first_s
         held_s = self.loop.now_s - flight.first_s
         view = self.views.of(_BOTH)
         excluded = self._excluded(flight, view)
         request = DispatchRequest(flight.request.request_id, flight.need, excluded, held_s=held_s)
-        decision, self._memory = policy.choose(view, request, self._memory, self._dispatch)
+        decision, self._memory = self.policy.choose(view, request, self._memory, self._dispatch)
         if decision.decode is None or decision.prefill is None:
             if decision.reason is NoPlacement.TOO_LONG and not flight.started:
                 self._refuse(flight)
@@ -240,19 +240,17 @@ class Router:
 
     def _choose_anew(self, flight: Flight) -> None:
         """Where to decode after all, now that there is a hidden state to predict the length from."""
-        policy = POLICIES[self.config.strategy.dispatch]
-        if self.predictor is None or not policy.uses_estimates:
+        if self.predictor is None or not self.policy.uses_estimates:
             return
         flight.estimate = self.predictor.estimate(flight.number, flight.request, flight.output_tokens)
         self._choose_decode(flight, placed_id=flight.decode_id or "")
 
     def _choose_decode(self, flight: Flight, *, placed_id: str) -> bool:
         request_id = flight.request.request_id
-        policy = POLICIES[self.config.strategy.dispatch]
         view = self.views.of((Role.DECODE,), without=request_id)
         excluded = self._excluded(flight, view)
         request = DispatchRequest(request_id, flight.need, excluded, flight.estimate, placed_id)
-        decision, self._memory = policy.choose_decode(
+        decision, self._memory = self.policy.choose_decode(
             view,
             request,
             self._memory,

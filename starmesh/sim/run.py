@@ -41,9 +41,11 @@ def run_simulation(
     *,
     progress: Callable[[Progress], None] | None = None,
     measurements: Measurements | None = None,
+    prepare: Callable[[Cluster], None] | None = None,
 ) -> SimulationResult:
     """Run ``config`` until its last request is over. The same config gives the same result, but for ``wall_s``.
-    ``measurements`` is for those who want to hear of more than the result holds.
+    ``measurements`` is for those who want to hear of more than the result holds, and ``prepare`` changes the cluster in
+    ways that no config asks for, before anything happens.
 
     Raises ProfileError, or another ValueError, for a config that cannot be, and Stuck.
     """
@@ -54,6 +56,8 @@ def run_simulation(
         config.strategy.predictor, seed=config.seed, cap_tokens=config.workload.longest_output_tokens
     )
     cluster = Cluster(loop, config, predictor, measurements)
+    if prepare is not None:
+        prepare(cluster)
     arrivals = _Arrivals(loop, cluster, draw_requests(config.workload, seed=config.seed))
     sampler = _Sampler(loop, cluster, measurements)
     events = 0
