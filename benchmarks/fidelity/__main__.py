@@ -3,11 +3,12 @@
 The same requests, at the same times, of the same lengths, on the same profile, through a live cluster of emulated
 instances (router, prefill, three decode instances, rescheduler and Redis are processes; calls, reports, handoffs and
 migrations are real, only the forward is a wait) and through the simulator. Requests are drawn once and replayed by
-both. There is no predictor: emulated instances have no hidden states.
+both. Nobody predicts lengths.
 
-A simulation is run with several seeds of the steps' noise, a live run with one: see ``compare``. For each setup a table
-goes to stderr, and the last line is all of it as JSON. ``--keep DIR`` writes every request and migration of every run,
-for looking into differences.
+A simulation is run with several seeds of the steps' noise, a live run with one: see ``compare``. Others place and move
+each request where and when that was done live: see ``decided``. For each setup a table goes to stderr, and the last
+line is all of it as JSON. ``--keep DIR`` writes all that is known of the live runs, logs included; ``--again DIR``
+takes them from there, to compare them with a simulator that has changed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import contextlib
 import json
 import logging
 import os
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks import machine
 from benchmarks.fidelity.compare import Compared, compare, differences, stages
+from benchmarks.fidelity.decided import simulate_as_decided
+from benchmarks.fidelity.kept import REQUESTS, keep_all, read_kept
 from benchmarks.fidelity.live import Conditions, serve
 from benchmarks.fidelity.served import Run
 from benchmarks.fidelity.setups import SEED, SETUPS, Setup
 from benchmarks.fidelity.simulated import simulate
-from benchmarks.fidelity.spans import Span
 from starmesh.sim.workload import draw_requests
 
 GOAL = 0.05
@@ -56,56 +58,63 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(setup: Setup, plan: Plan, keep: Path | None) -> dict[str, Any]:
-    """Both, and how they compare."""
+def measure(setup: Setup, plan: Plan, *, keep: Path | None, again: Path | None) -> dict[str, Any]:
+    """Both, and how they compare; the live run is an earlier one if ``again`` says where that was kept."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        trace = directory / "requests.jsonl"
+        trace = directory / REQUESTS
         with trace.open("w") as file:
             for drawn in draw_requests(setup.drawn(plan.requests), seed=SEED):
                 fields = ("arrives_s", "prompt_tokens", "output_tokens", "max_output_tokens")
                 file.write(json.dumps({field: getattr(drawn, field) for field in fields}) + "\n")
         configs = [setup.replayed(plan.requests, str(trace), seed=seed) for seed in range(plan.simulations)]
-        simulated = [simulate(config) for config in configs]
         requests = list(draw_requests(configs[0].workload, seed=SEED))
-        live, conditions, spans = asyncio.run(serve(configs[0], requests, directory, note))
+        if again is None:
+            live, conditions, spans = asyncio.run(serve(configs[0], requests, directory, note))
+        else:
+            live, conditions, spans = read_kept(again / setup.directory, trace)
         if keep is not None:
-            _keep(keep / setup.name.replace(" ", "-").replace(",", ""), live, simulated, spans, directory)
-    compared = compare(live, simulated)
+            keep_all(keep / setup.directory, live, conditions, spans, directory)
+        as_decided = [simulate_as_decided(config, requests, spans, directory) for config in configs]
+        simulated = [simulate(config) for config in configs]
+    compared = compare(live, [each.run for each in as_decided], simulated)
+    first = as_decided[0]
     show(setup, live, compared, conditions)
+    note(
+        f"of {first.placed} requests simulated dispatch would have put {first.agreed} there too, and found no room for "
+        f"{first.full}"
+    )
     return {
         "strategy": setup.strategy,
         "kv_tokens": setup.kv_tokens,
         "rate": setup.rate,
         "requests": len(requests),
         "output_tokens": sum(request.output_tokens for request in requests),
-        "metrics": {
-            name: {
-                "live": round(found.live, 4),
-                "simulated": [round(value, 4) for value in found.simulated],
-                "difference": None if found.difference is None else round(found.difference, 4),
-            }
-            for name, found in compared.items()
+        "metrics": {name: _rounded(asdict(found)) for name, found in compared.items()},
+        "live_less_as_decided_ms": {
+            "ttft": differences(live, first.run, lambda each: each.ttft_s),
+            "tpot": differences(live, first.run, lambda each: each.tpot_s),
+            "end_to_end": differences(live, first.run, lambda each: each.end_to_end_s),
         },
-        "ttft_live_less_simulated_ms": differences(live, simulated, lambda each: each.ttft_s),
-        "tpot_live_less_simulated_ms": differences(live, simulated, lambda each: each.tpot_s),
+        "dispatch": {"placed": first.placed, "agreed": first.agreed, "full": first.full},
         "live_stages_ms": stages(live, spans),
+        "live_ends_of_others": live.other_ends(),
         "unserved": {"live": dict(live.unserved), "simulated": [dict(run.unserved) for run in simulated]},
-        "conditions": {key: _rounded(value) for key, value in asdict(conditions).items()},
+        "conditions": _rounded(asdict(conditions)),
     }
 
 
 def show(setup: Setup, live: Run, compared: dict[str, Compared], conditions: Conditions) -> None:
     """The table of a setup."""
     note(f"\n{setup.name}: {setup.strategy}, memory for {setup.kv_tokens} tokens, {len(live.served)} requests served")
-    note(f"{'':34}{'live':>12}{'simulated':>12}{'least':>12}{'most':>12}{'difference':>12}")
+    heads = ("live", "as decided", "least", "most", "difference", "simulated", "least", "most", "difference")
+    note(f"{'':28}" + "".join(f"{head:>11}" for head in heads))
     for name, found in compared.items():
-        difference = "" if found.difference is None else f"{found.difference:+.1%}"
-        mark = " " if found.difference is None or abs(found.difference) <= GOAL else "*"
-        note(
-            f"{name:34}{found.live:12.2f}{found.mean:12.2f}{min(found.simulated):12.2f}{max(found.simulated):12.2f}"
-            f"{difference:>12}{mark}"
-        )
+        cells = [f"{found.live:.2f}"]
+        for values in (found.as_decided, found.simulated):
+            cells += (f"{value:.2f}" for value in (statistics.fmean(values), min(values), max(values)))
+            cells.append(_percent(found.difference(values)))
+        note(f"{name:28}" + "".join(f"{cell:>11}" for cell in cells))
     note(
         f"steps {conditions.step_drift:+.1%}; load average {conditions.load_average[0]} to "
         f"{conditions.load_average[1]}; CPU: "
@@ -117,26 +126,26 @@ def show(setup: Setup, live: Run, compared: dict[str, Compared], conditions: Con
         note(f"{request_id}: {why}")
 
 
-def _keep(directory: Path, live: Run, simulated: Sequence[Run], spans: Sequence[Span], logs: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "spans.json").write_text(json.dumps([asdict(span) for span in spans]))
-    for name, run in (("live", live), *((f"simulated-{number}", run) for number, run in enumerate(simulated))):
-        (directory / f"{name}.json").write_text(json.dumps(asdict(run)))
-    for log in (*logs.glob("*.log"), *logs.glob("*.jsonl")):
-        (directory / log.name).write_bytes(log.read_bytes())
+def _percent(difference: float | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference:+.1%}{' ' if abs(difference) <= GOAL else '*'}"
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 4)
-    return {key: _rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two setups, with few requests")
     parser.add_argument("--only", metavar="NAME", action="append", help="only this setup; may be repeated")
-    parser.add_argument("--keep", metavar="DIR", type=Path, help="write all requests, migrations and logs there")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="write what is known of the live runs there")
+    parser.add_argument("--again", metavar="DIR", type=Path, help="take the live runs from there")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     if unknown := set(arguments.only or ()) - {setup.name for setup in SETUPS}:
@@ -148,7 +157,7 @@ def main() -> None:
     setups = [setup for setup in SETUPS if setup.name in arguments.only] if arguments.only else SETUPS
     if arguments.quick and not arguments.only:
         setups = [SETUPS[0], SETUPS[-1]]
-    result = {setup.name: measure(setup, plan, arguments.keep) for setup in setups}
+    result = {setup.name: measure(setup, plan, keep=arguments.keep, again=arguments.again) for setup in setups}
     described = {"machine": machine.describe(), "commit": machine.commit("starmesh", "services", "protos")}
     print(json.dumps({"benchmark": "fidelity", "setups": result, **described}))
 

@@ -2,7 +2,8 @@
 
 A live run is one draw: steps' noise and the processes' timing decide where a request goes, and from there on nothing is
 as it would have been. So is a simulation: several, that differ in their steps' noise alone, say how far apart two runs
-of the same are. The live value is compared with the mean of the simulated ones.
+of the same are. The live value is compared with their mean, and with that of others that place and move requests as it
+was done live.
 """
 
 from __future__ import annotations
@@ -26,34 +27,25 @@ LONG_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A metric, live and over the simulations."""
+    """A metric: live, over the simulations that place as live, and over those that place by themselves."""
 
     live: float
+    as_decided: tuple[float, ...]
     simulated: tuple[float, ...]
 
-    @property
-    def mean(self) -> float:
-        """Of the simulations."""
-        return statistics.fmean(self.simulated)
-
-    @property
-    def difference(self) -> float | None:
-        """How much less the simulations say than there was live, as a part of that; None for a live 0."""
-        return self.mean / self.live - 1 if self.live else None
-
-    @property
-    def outside(self) -> bool:
-        """Whether the live value is beyond all simulated ones."""
-        return not min(self.simulated) <= self.live <= max(self.simulated)
+    def difference(self, values: Sequence[float]) -> float | None:
+        """How much more ``values`` say in their mean than there was live, as a part of that; None for a live 0."""
+        return statistics.fmean(values) / self.live - 1 if self.live else None
 
 
-def compare(live: Run, simulated: Sequence[Run]) -> dict[str, Compared]:
+def compare(live: Run, as_decided: Sequence[Run], simulated: Sequence[Run]) -> dict[str, Compared]:
     """All metrics by name; times in milliseconds. Only requests that all of the runs have served count."""
-    common = set.intersection(*({each.request_id for each in run.served} for run in (live, *simulated)))
+    runs = (live, *as_decided, *simulated)
+    common = set.intersection(*({each.request_id for each in run.served} for run in runs))
     found: dict[str, Compared] = {}
 
     def add(name: str, measure: Callable[[Run], float]) -> None:
-        found[name] = Compared(measure(live), tuple(map(measure, simulated)))
+        found[name] = Compared(measure(live), tuple(map(measure, as_decided)), tuple(map(measure, simulated)))
 
     def over(name: str, of: Callable[[Served], float], *, least_tokens: int = 1) -> None:
         def values(run: Run) -> list[float]:
@@ -74,10 +66,10 @@ def compare(live: Run, simulated: Sequence[Run]) -> dict[str, Compared]:
     over("longest gap", lambda each: each.longest_gap_s, least_tokens=2)
     add("preemptions", lambda run: run.preemptions)
     add("migrations per request", lambda run: sum(run.moves_by_reason().values()) / len(run.served))
-    for reason in sorted({reason for run in (live, *simulated) for reason in run.moves_by_reason()}):
+    for reason in sorted({reason for run in runs for reason in run.moves_by_reason()}):
         add(f"migrations ({reason})", lambda run, reason=reason: run.moves_by_reason().get(reason, 0))  # type: ignore[misc]
     add("migrations not moved", lambda run: sum(run.other_ends().values()))
-    if any(run.moves for run in (live, *simulated)):
+    if any(run.moves for run in runs):
         for name, of in (("migration", "duration_s"), ("standing still", "stood_still_s")):
             add(
                 f"{name} mean",
@@ -89,17 +81,10 @@ def compare(live: Run, simulated: Sequence[Run]) -> dict[str, Compared]:
     return found
 
 
-def differences(live: Run, simulated: Sequence[Run], of: Callable[[Served], float]) -> dict[str, float]:
-    """Request by request: live less the mean of the simulations, in milliseconds: quantiles over the requests."""
-    expected: dict[str, list[float]] = {}
-    for run in simulated:
-        for each in run.served:
-            expected.setdefault(each.request_id, []).append(of(each))
-    gaps = [
-        1000 * (of(each) - statistics.fmean(expected[each.request_id]))
-        for each in live.served
-        if each.request_id in expected
-    ]
+def differences(live: Run, simulated: Run, of: Callable[[Served], float]) -> dict[str, float]:
+    """Request by request: live less simulated, in milliseconds: quantiles over the requests."""
+    expected = {each.request_id: of(each) for each in simulated.served}
+    gaps = [1000 * (of(each) - expected[each.request_id]) for each in live.served if each.request_id in expected]
     quantiles = np.percentile(gaps, [1, 10, 50, 90, 99])
     named = zip(("p1", "p10", "p50", "p90", "p99"), quantiles, strict=True)
     return {"mean": round(statistics.fmean(gaps), 2), **{name: round(float(value), 2) for name, value in named}}

@@ -55,7 +55,7 @@ class Conditions:
 class _Answer:
     times_s: list[float] = field(default_factory=list)
     migrations: int = 0
-    finish_reason: sequence_pb2.FinishReason = sequence_pb2.FINISH_REASON_UNSPECIFIED
+    finish_reason: sequence_pb2.FinishReason.ValueType = sequence_pb2.FINISH_REASON_UNSPECIFIED
     failure: str = ""
 
 

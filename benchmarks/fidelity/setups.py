@@ -30,6 +30,11 @@ class Setup:
     kv_tokens: int = AMPLE_KV_TOKENS
     rate: float = 2.0
 
+    @property
+    def directory(self) -> str:
+        """Its name for files."""
+        return self.name.replace(" ", "-").replace(",", "")
+
     def profile(self) -> Profile:
         """Its instances."""
         found = load_profile("rtx4090-7b")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks.fidelity.served import MOVED, Move, Run, Served
 from starmesh.migration.terms import Cause
+from starmesh.sim.cluster import Cluster
 from starmesh.sim.config import SimulationConfig
 from starmesh.sim.measurements import Measurements
 from starmesh.sim.outcome import RequestOutcome
@@ -43,10 +46,10 @@ class _Kept(Measurements):
         self.moves.append(Move(migration.request_id, migration.reason.value, outcome, duration_s, stood_still_s))
 
 
-def simulate(config: SimulationConfig) -> Run:
-    """One run of ``config``."""
+def simulate(config: SimulationConfig, *, prepare: Callable[[Cluster], None] | None = None) -> Run:
+    """One run of ``config``; ``prepare`` as of ``run_simulation``."""
     kept = _Kept(config)
-    result = run_simulation(config, measurements=kept)
+    result = run_simulation(config, measurements=kept, prepare=prepare)
     return Run(
         served=tuple(
             Served(

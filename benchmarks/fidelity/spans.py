@@ -70,5 +70,7 @@ class SpanReceiver(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 def _value(value: Any) -> Any:
+    """A plain one as it is, a list or a map as text."""
     kind = value.WhichOneof("value")
-    return getattr(value, kind) if kind is not None else None
+    found = getattr(value, kind) if kind is not None else None
+    return found if isinstance(found, (str, int, float, bool, type(None))) else str(found)
