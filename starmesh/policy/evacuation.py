@@ -15,7 +15,7 @@ whatever reason and on whose command ever, and passes it in with each call:
 
 and calls again whenever one of them ends or a new view comes, until nothing is left. ``view`` is the ledger's, ``load``
 the instance's own as of now (the view's may be half a second old); times are the view's. Of the config count
-``max_in_flight_per_source`` and ``_per_target``, the cool-downs after failures, ``horizon_steps`` and the other bounds
+``max_in_flight_per_source`` and ``_per_target``, the cool-downs after failures, the horizon and the other bounds
 of a target; not the policy, and not ``max_in_flight``, for an instance in need does not wait for others. What should
 move and cannot is in ``Plan.skipped`` with its reason: NOT_DECODING and BUDGET will have their turn, NO_TARGET and
 NO_ROOM may never. Takes as long as a round of rescheduling. Owns no clock and begins nothing.
@@ -55,10 +55,10 @@ def relief_plan(
     """Which sequences go, and where, so that the instance holds the others over its next ``steps`` decode steps.
 
     ``steps``: how long it would take to be rid of a sequence, so about the steps of a migration; the targets are held
-    to ``config.horizon_steps``. ``preempted_first`` are the request ids in the order in which the scheduler would
-    preempt them. As few go as possible; of those that help alike the one that would be preempted first, since it has
-    least to lose, and then the one with the fewest tokens. Nothing moves while everything fits, and nothing that ends
-    before its transfer pays; what need not move has no reason.
+    to ``memory_horizons`` horizons. ``preempted_first`` are the request ids in the order in which the scheduler would
+    preempt them. As few go as possible; of those that help alike the one that would be preempted first, and then the
+    one with the fewest tokens. Nothing moves while everything fits, and nothing that ends before its transfer pays; what
+    need not move has no reason.
     """
     ranks = {request_id: rank for rank, request_id in enumerate(preempted_first)}
 

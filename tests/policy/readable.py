@@ -253,8 +253,9 @@ class ReadableRound:
         longest = target.view.info.max_sequence_tokens or 2**53
         if known.tokens + known.limit > longest:
             return False
-        parts = min(self.config.memory_bins, self.config.horizon_steps + 1)
-        edges = [at * (self.config.horizon_steps + 1) // parts for at in range(parts + 1)]
+        steps = self.config.horizon_steps * (self.config.memory_horizons if self.ahead == "resolved" else 1)
+        parts = min(self.config.memory_bins, steps + 1)
+        edges = [at * (steps + 1) // parts for at in range(parts + 1)]
         for first, last in zip(edges, (edge - 1 for edge in edges[1:]), strict=False):
             needed = 0
             for each in [*target.sequences, *target.arriving, known]:

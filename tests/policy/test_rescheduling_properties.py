@@ -67,7 +67,8 @@ def test_targets_hold_what_they_get_over_the_horizon(
     for target in {move.target for move in decided.migrations}:
         there = by_id(view)[target]
         everything = [*running(there).values(), *arriving(view, decided)[target]]
-        for step in range(config.horizon_steps + 1):
+        horizons = config.memory_horizons if config.policy == "star_plus" else 1
+        for step in range(config.horizon_steps * horizons + 1):
             still = [known for known in everything if step <= upper_of(known, config, believe=believe)]
             assert sum(blocks_at(known, step) for known in still) <= blocks_for_sequences(there)
 
@@ -84,7 +85,8 @@ def test_wrong_estimates_cost_no_more_than_what_outlives_them(
         there = by_id(view)[target]
         everything = [*running(there).values(), *arriving(view, decided)[target]]
         true = {known.request_id: draw.randint(0, limit_of(known)) for known in everything}
-        for step in range(config.horizon_steps + 1):
+        horizons = config.memory_horizons if config.policy == "star_plus" else 1
+        for step in range(config.horizon_steps * horizons + 1):
             still = [known for known in everything if step <= true[known.request_id]]
             wrong = [known for known in still if step > upper_of(known, config, believe=believe)]
             lacking = sum(blocks_at(known, step) for known in still) - blocks_for_sequences(there)

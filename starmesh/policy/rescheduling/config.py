@@ -29,8 +29,13 @@ class ReschedulingConfig:
     sample_count: int = 8
     """Points of the horizon at which ``star_plus`` compares loads. Our choice."""
 
+    memory_horizons: int = 2
+    """How many times ``horizon_steps`` a target must have room for what ``star_plus`` or an instance in need moves to
+    it; the others look no further than for load. Our choice, by simulation at the edge of memory: where room lasts no
+    longer than ``relieve`` looks ahead, a move only passes the shortage on (docs/rescheduling.md)."""
+
     memory_bins: int = 8
-    """Parts of the horizon for each of which a target must have room. More bins see earlier that sequences end; fewer
+    """Parts of that time for each of which a target must have room. More bins see earlier that sequences end; fewer
     are never less safe. Our choice."""
 
     overload_margin: float = 0.05
@@ -100,6 +105,7 @@ class ReschedulingConfig:
     def __post_init__(self) -> None:
         whole = (
             self.sample_count,
+            self.memory_horizons,
             self.memory_bins,
             self.max_in_flight,
             self.max_in_flight_per_source,

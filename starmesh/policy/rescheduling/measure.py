@@ -150,13 +150,14 @@ def measure(instances: tuple[InstanceView, ...], config: ReschedulingConfig, for
     # All blocks but the watermark and those held for others, pullers and arriving sequences.
     usable = np.floor(total * (1 - config.watermark)).astype(np.int64) - np.maximum(total - free - own_blocks, 0)
     steps = sample_steps(config.horizon_steps, config.sample_count)
+    horizons = config.memory_horizons if foresight is Foresight.RESOLVED else 1
     scale = config.horizon_steps + 1 if foresight is Foresight.MEAN else 1
     return Group(
         config=config,
         foresight=foresight,
         layout=layout,
         steps=steps,
-        bins=bin_edges(config.horizon_steps, config.memory_bins),
+        bins=bin_edges(config.horizon_steps * horizons, config.memory_bins),
         ids=tuple(instance.info.instance_id for instance in instances),
         index={instance.info.instance_id: row for row, instance in enumerate(instances)},
         sequences=sequences,
