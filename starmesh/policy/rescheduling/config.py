@@ -29,7 +29,7 @@ class ReschedulingConfig:
     sample_count: int = 8
     """Points of the horizon at which ``star_plus`` compares loads. Our choice."""
 
-    memory_horizons: int = 2
+    memory_horizons: int = 4
     """How many times ``horizon_steps`` a target must have room for what ``star_plus`` or an instance in need moves to
     it; the others look no further than for load. Our choice, by simulation at the edge of memory: where room lasts no
     longer than ``relieve`` looks ahead, a move only passes the shortage on (docs/rescheduling.md)."""
