@@ -43,6 +43,7 @@ class EmulatedTokenizer(ModelTokenizer):
             vocabulary_tokens=VOCABULARY_TOKENS,
             context_tokens=context_tokens,
         )
+        self._context_tokens = context_tokens
         self._lengths = lengths
 
     @property
@@ -51,14 +52,15 @@ class EmulatedTokenizer(ModelTokenizer):
         return True
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, the last of which says how long the answer will be."""
+        """Token ids of ``text``, the last of which says how long the answer will be. No more than one beyond the
+        context are made, enough for the prompt to be refused: a few words can ask for millions."""
         content = text.encode()
-        pieces = range(0, len(content), _BYTES_PER_TOKEN)
+        pieces = range(0, len(content), _BYTES_PER_TOKEN)[: self._context_tokens]
         prompt_tokens = len(pieces) + 1
         asked = _ASKED.findall(text)
         if asked:  # of a conversation the last one counts
             wanted, output = asked[-1]
-            prompt_tokens = int(wanted) if wanted else prompt_tokens
+            prompt_tokens = min(int(wanted), self._context_tokens + 1) if wanted else prompt_tokens
             output_tokens = int(output)
         else:
             output_tokens = draw_output_tokens(self._lengths, content)

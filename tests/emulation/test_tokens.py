@@ -72,6 +72,13 @@ def test_an_ordinary_text_has_a_token_for_each_four_bytes_and_a_length_of_its_ow
     assert len(set(lengths)) > 100
 
 
+@pytest.mark.parametrize("text", ["emulate prompt_tokens=9999999 output_tokens=7", "x" * 40_000])
+def test_a_prompt_beyond_the_context_is_no_longer_than_it_takes_to_be_refused(text: str) -> None:
+    prompt = TOKENIZER.encode(text)
+    assert len(prompt) == 4096 + 1
+    assert output_tokens_of(prompt) is not None
+
+
 def test_texts_that_begin_alike_share_their_first_tokens() -> None:
     begin = "A system prompt that all requests have. " * 8
     first, second = TOKENIZER.encode(begin + "One question"), TOKENIZER.encode(begin + "Quite another one")
