@@ -28,6 +28,9 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
             Strategy(name="star_plus_unpredicted", rescheduling="star_plus"),
             Strategy(name="star_plus", dispatch="predicted_load", rescheduling="star_plus", predictor="measured"),
             Strategy(name="star_plus_oracle", dispatch="predicted_load", rescheduling="star_plus", predictor="oracle"),
+            Strategy(name="star_peak", dispatch="predicted_peak", rescheduling="star_plus", predictor="measured"),
+            Strategy(name="star_peak_oracle", dispatch="predicted_peak", rescheduling="star_plus", predictor="oracle"),
+            Strategy(name="held_peak", dispatch="held_peak", rescheduling="star_plus", predictor="measured"),
             Strategy(name="perfect_balance", perfect_balance=True),
         )
     }
