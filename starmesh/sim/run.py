@@ -15,12 +15,12 @@ from starmesh.sim.events import EventLoop
 from starmesh.sim.measurements import Measurements
 from starmesh.sim.predictors import make_predictor
 from starmesh.sim.result import SimulationResult
-from starmesh.sim.workload import SimulatedRequest, draw_requests
+from starmesh.sim.workload import SimulatedRequest, draw_requests, output_cap
 
 PROGRESS_EVERY_EVENTS = 2048
 
 SAMPLE_S = 1.0
-"""How often the instances' loads are looked at for the series over time, and how old a look may be."""
+"""How often the instances' loads are looked at for the series over time."""
 
 
 class Stuck(RuntimeError):
@@ -52,9 +52,7 @@ def run_simulation(
     started_s = time.perf_counter()
     loop = EventLoop()
     measurements = measurements or Measurements(config)
-    predictor = make_predictor(
-        config.strategy.predictor, seed=config.seed, cap_tokens=config.workload.longest_output_tokens
-    )
+    predictor = make_predictor(config.strategy.predictor, seed=config.seed, cap_tokens=output_cap(config.workload))
     cluster = Cluster(loop, config, predictor, measurements)
     if prepare is not None:
         prepare(cluster)
@@ -116,5 +114,5 @@ class _Sampler:
         self._next.cancel()
 
     def _sample(self) -> None:
-        self._measurements.sample(self._loop.now_s, self._cluster.views.loads(max_age_s=SAMPLE_S))
+        self._measurements.sample(self._loop.now_s, self._cluster.views.loads())
         self._next = self._loop.after(self._measurements.sample_interval_s, self._sample)

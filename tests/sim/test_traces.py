@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from starmesh.sim.predictors import make_predictor
 from starmesh.sim.workload import (
     TRACE_FORMATS,
     SimulatedRequest,
@@ -19,6 +21,7 @@ from starmesh.sim.workload import (
     WorkloadError,
     describe,
     draw_requests,
+    output_cap,
     read_trace,
 )
 from starmesh.sim.workload.trace import MOST_LINE_BYTES
@@ -222,6 +225,36 @@ def test_either_half_of_a_trace_can_be_used(tmp_path: Path) -> None:
     drawn_times = replayed(path, arrivals="poisson", rate=1.0)
     assert [request.output_tokens for request in drawn_times] == [7, 8, 1]
     assert [request.arrives_s for request in drawn_times] != [0.0, 0.25, 2.5]
+
+
+def outputs_of(directory: Path, *tokens: int, **changes: Any) -> WorkloadConfig:
+    """A workload of a trace with these output lengths, all at once."""
+    rows = "".join(f"1,5,{count}\n" for count in tokens)
+    path = written(directory, f"arrives_s,prompt_tokens,output_tokens\n{rows}")
+    workload = {"requests": 9999, "arrivals": "trace", "lengths": "trace", "trace_path": str(path), **changes}
+    return WorkloadConfig(**workload)
+
+
+def test_how_long_the_outputs_of_a_trace_get(tmp_path: Path) -> None:
+    assert output_cap(outputs_of(tmp_path, 40, 700, 3)) == 700
+    assert output_cap(outputs_of(tmp_path, 40, 700, 3, rate=2.0)) == 700  # which the trace has none of to change
+    assert output_cap(outputs_of(tmp_path, 40, 700, 3, requests=1)) == 40
+    assert output_cap(outputs_of(tmp_path, 40, 700, 3, output_scale=0.1)) == 70
+    assert output_cap(outputs_of(tmp_path, 40, 700, 3, max_output_tokens=100)) == 100
+    assert output_cap(outputs_of(tmp_path, *range(1, 1000), 30_000)) == 999
+    assert output_cap(outputs_of(tmp_path)) == 32_768
+    assert "outputs of up to 700 tokens" in str(describe(outputs_of(tmp_path, 40, 700, 3), seed=0))
+
+
+@pytest.mark.parametrize("name", ["measured", "paper"])
+def test_predictions_for_a_trace_are_on_its_scale(tmp_path: Path, name: str) -> None:
+    config = outputs_of(tmp_path, *range(100, 1000))
+    predictor = make_predictor(name, seed=0, cap_tokens=output_cap(config))
+    assert predictor is not None
+    keys = np.arange(900)
+    totals = keys + 100
+    median, _, _ = predictor.remaining(keys, totals - 20, totals, np.full(900, config.max_output_tokens))
+    assert np.median(median) < 200
 
 
 def test_a_trace_without_a_rate_of_its_own_or_without_requests(tmp_path: Path) -> None:

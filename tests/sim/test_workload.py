@@ -19,6 +19,7 @@ from starmesh.sim.workload import (
     WorkloadError,
     describe,
     draw_requests,
+    output_cap,
 )
 
 pytestmark = pytest.mark.fast
@@ -103,15 +104,14 @@ def test_prompts_are_cut() -> None:
     assert max(request.prompt_tokens for request in requests) == 400
 
 
-def test_what_no_output_exceeds() -> None:
-    def longest(**changes: Any) -> int:
-        return WorkloadConfig(requests=1, rate=1.0, **changes).longest_output_tokens
+def test_how_long_the_outputs_of_a_length_model_get() -> None:
+    def cap(**changes: Any) -> int:
+        return output_cap(WorkloadConfig(requests=1, rate=1.0, **changes))
 
-    assert longest() == 32 * K
-    assert longest(max_output_tokens=K) == K
-    assert longest(lengths="chat") == 1000
-    assert longest(lengths="chat", output_scale=3.0) == 3000
-    assert longest(lengths="trace", trace_path="a.csv") == 32 * K
+    assert cap() == 32 * K
+    assert cap(max_output_tokens=K) == K
+    assert cap(lengths="chat") == 1000
+    assert cap(lengths="chat", output_scale=3.0) == 3000
 
 
 def test_a_workload_is_described() -> None:
@@ -122,6 +122,7 @@ def test_a_workload_is_described() -> None:
     assert summary.outputs.quantiles[2] == pytest.approx(129, rel=0.05)
     assert summary.prompts.quantiles[2] == pytest.approx(1020, rel=0.05)
     assert "p50" in str(summary) and "at their limit" in str(summary)
+    assert "outputs of up to 1,000 tokens" in str(summary)
     assert describe(config, seed=0, most_requests=1).rate == 0
 
 

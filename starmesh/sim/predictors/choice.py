@@ -17,8 +17,8 @@ PREDICTORS: Final = ("none", "measured", "paper", "oracle")
 def make_predictor(name: str, *, seed: int, cap_tokens: int) -> SimulatedPredictor | None:
     """The predictor of that name; None for "none".
 
-    ``cap_tokens``: the most output tokens of the workload, which errors are relative to. Raises WorkloadError for an
-    unknown name.
+    ``cap_tokens``: how long the workload's outputs get, which errors are relative to (``output_cap``). Raises
+    WorkloadError for an unknown name.
     """
     match name:
         case "none":

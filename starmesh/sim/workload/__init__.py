@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from starmesh.sim.workload.draw import draw_requests
 from starmesh.sim.workload.lengths import LENGTH_MODELS
+from starmesh.sim.workload.output_cap import output_cap
 from starmesh.sim.workload.request import (
     ARRIVALS,
     TRACE,
@@ -31,5 +32,6 @@ __all__ = [
     "WorkloadSummary",
     "describe",
     "draw_requests",
+    "output_cap",
     "read_trace",
 ]

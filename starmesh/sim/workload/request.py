@@ -79,12 +79,3 @@ class WorkloadConfig:
                 raise WorkloadError(f"{name} is 1 to {MOST_TOKENS}, not {getattr(self, name)}")
         if self.trace_path is None and TRACE in (self.arrivals, self.lengths):
             raise WorkloadError("arrivals or lengths from a trace need its file: set trace_path")
-
-    @property
-    def longest_output_tokens(self) -> int:
-        """What no output exceeds: the limit, or less where the length model ends before it. A predictor that learned
-        from such outputs has seen none longer."""
-        model = LENGTH_MODELS.get(self.lengths)
-        if model is None:
-            return self.max_output_tokens
-        return max(1, min(self.max_output_tokens, round(model.cap_tokens * self.output_scale)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from starmesh.sim.workload.draw import draw_requests
+from starmesh.sim.workload.output_cap import output_cap
 from starmesh.sim.workload.request import WorkloadConfig, WorkloadError
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -31,7 +32,8 @@ class LengthSummary:
 @dataclass(frozen=True, slots=True)
 class WorkloadSummary:
     """Of the first ``requests`` requests: ``rate`` per second (0 when all arrive at once), ``variation`` of the gaps,
-    and the part that is ``cut`` at its limit."""
+    and the part that is ``cut`` at its limit. Of all: ``output_cap``, which the errors of simulated predictors are
+    relative to."""
 
     requests: int
     rate: float
@@ -39,11 +41,13 @@ class WorkloadSummary:
     prompts: LengthSummary
     outputs: LengthSummary
     cut: float
+    output_cap: int
 
     def __str__(self) -> str:
         return (
             f"{self.requests:,} requests, {self.rate:.3g}/s (variation {self.variation:.2f}); prompts: {self.prompts}; "
-            f"outputs: {self.outputs}, {self.cut:.1%} at their limit"
+            f"outputs: {self.outputs}, {self.cut:.1%} at their limit; "
+            f"predictors reckon with outputs of up to {self.output_cap:,} tokens"
         )
 
 
@@ -61,6 +65,7 @@ def describe(config: WorkloadConfig, *, seed: int, most_requests: int = 20_000) 
         prompts=_lengths([request.prompt_tokens for request in drawn]),
         outputs=_lengths([request.output_tokens for request in drawn]),
         cut=sum(request.output_tokens == request.max_output_tokens for request in drawn) / len(drawn),
+        output_cap=output_cap(config),
     )
 
 
