@@ -1,8 +1,9 @@
 """`python -m benchmarks.results [--only NAME,...] [--processes N] [--quick]`: simulate, and put what comes of it into
 docs/results.md.
 
-Results are cached by configuration and code, so that an interrupted run goes on where it was. ``--quick`` runs a sixth
-of the simulated time with two seeds, and prints tables instead of touching the page.
+Results are cached by configuration and code, so that an interrupted run goes on where it was. Run it from a checkout
+that nobody edits: it stops when the code changes under it. ``--quick`` runs a sixth of the simulated time with two
+seeds, and prints tables instead of touching the page.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks import machine
 from benchmarks.results.experiments import Effort, experiments
 from benchmarks.results.page import markdown, plots, replace_between, summary_of
-from starmesh.sim.sweep import SweepProgress, run_all
+from starmesh.sim.sweep import SweepError, SweepProgress, run_all
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -48,7 +49,10 @@ def main() -> None:
             continue
         print(f"\r{experiment.name}: {len(experiment.configs)} runs{'':40}", file=sys.stderr, flush=True)
         began_s = time.monotonic()
-        results = run_all(experiment.configs, processes=arguments.processes, cache_dir=CACHE, progress=show)
+        try:
+            results = run_all(experiment.configs, processes=arguments.processes, cache_dir=CACHE, progress=show)
+        except SweepError as error:
+            sys.exit(f"\n{error}")
         summary = summary_of(experiment, results)
         table = markdown(experiment, summary)
         cpu_s = sum(result.execution.wall_s for result in results)

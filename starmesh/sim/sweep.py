@@ -1,7 +1,8 @@
 """Many simulations over several processes, each done once: results are kept, and an interrupted sweep goes on.
 
 Owns the processes and the cache. A cached result answers only for the same configuration, the same trace file and the
-same code (``code_version``). Owns no choice of what to run and no words on what came of it.
+same code (``code_version``), and all results of a sweep are of one code. Owns no choice of what to run and no words on
+what came of it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Final
 from starmesh.sim.code_version import code_version
 from starmesh.sim.config import SimulationConfig
 from starmesh.sim.result import InvalidResult, SimulationResult, config_to_json
-from starmesh.sim.sweep_worker import DONE, FAILED, PROGRESS, Simulate, serve
+from starmesh.sim.sweep_worker import DONE, FAILED, PROGRESS, VERSION, Simulate, serve
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
 
 class SweepError(Exception):
-    """A simulation failed; the message says which and how to run it alone."""
+    """A simulation failed, or the code has changed meanwhile; the message says which, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def run_all(
     """The results of ``configs``, in their order; equal ones are run once.
 
     ``simulate`` is ``run_simulation`` unless another function of a module is named. Raises SweepError once all others
-    are done if some failed, OSError where the cache cannot be written; KeyboardInterrupt ends the processes first.
+    are done if some failed, and at once when a process has imported other code than the sweep began with; OSError where
+    the cache cannot be written; KeyboardInterrupt ends the processes first.
     """
     sweep = _Sweep(configs, cache_dir, progress)
     if sweep.waiting:
@@ -161,6 +163,14 @@ class _Sweep:
         if kind == PROGRESS:
             worker.fraction = float(text)
             return
+        if kind == VERSION:
+            # Numbers of two versions of the code must not stand in one table.
+            if text != code_version():
+                raise SweepError(
+                    "the code has changed since this sweep began: run it from a clean checkout that nobody edits, "
+                    "such as one of `git worktree add`"
+                )
+            return
         worker.key = None
         if kind == DONE:
             self._done(key, text)
@@ -168,10 +178,8 @@ class _Sweep:
             self._failed(key, text)
 
     def _done(self, key: str, text: str) -> None:
-        result = SimulationResult.from_json(text)
-        self.results[key] = result
-        # A result of code that has changed since the sweep began is not kept for it.
-        if self._cache_dir is not None and result.code_version == code_version():
+        self.results[key] = SimulationResult.from_json(text)
+        if self._cache_dir is not None:
             _write(self._cache_dir / f"{key}.json", text)
 
     def _failed(self, key: str, why: str) -> None:

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Final, Protocol
 
+from starmesh.sim.code_version import code_version
 from starmesh.sim.config import SimulationConfig
 from starmesh.sim.result import SimulationResult, config_from_json
 
 if TYPE_CHECKING:
     from starmesh.sim.run import Progress
+
+VERSION: Final = b"v"
+"""Followed by the version of the code that it has imported: the first message."""
 
 PROGRESS: Final = b"p"
 """Followed by the part of the requests that are over."""
@@ -46,6 +50,11 @@ def serve(pipe: Connection, simulate: Simulate | None) -> None:
         from starmesh.sim.run import run_simulation
 
         simulate = run_simulation
+    # All that runs has been imported: a change of the source after this is none of what runs, one before it shows.
+    try:
+        pipe.send_bytes(VERSION + code_version().encode())
+    except OSError:
+        return
     while True:
         try:
             text = pipe.recv_bytes().decode()

@@ -96,6 +96,13 @@ def test_a_failure_names_the_run_and_the_others_are_kept(tmp_path: Path) -> None
         run_all(configs[2:], simulate=by_hand)
 
 
+def test_a_process_with_other_code_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "code_version", lambda: "as it was before the edit")
+    with pytest.raises(SweepError, match="the code has changed since this sweep began: run it from a clean checkout"):
+        run_all(CONFIGS, cache_dir=tmp_path, simulate=by_hand)
+    assert list(tmp_path.iterdir()) == []
+
+
 INTERRUPTED = """
 from starmesh.sim.sweep import run_all
 from tests.sim.test_sweep import CONFIGS, forever
