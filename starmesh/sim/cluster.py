@@ -54,7 +54,8 @@ class Cluster:
         self.instances: dict[str, SimulatedInstance] = {}
         self.over = False
         self._config = config
-        self._profile = _shared(config) if config.strategy.perfect_balance else config.profile
+        decode = _shared(config) if config.strategy.perfect_balance else config.profile
+        self._profiles = {Role.PREFILL: config.profile, Role.DECODE: decode}
         self._measurements = measurements
         self._predictor = predictor
         self._total_tokens: dict[str, int] = {}
@@ -62,30 +63,16 @@ class Cluster:
         self._streams = 0
         self.network = Network(loop)
         self._owners = Owners(loop)
-        self.migrations = Migrations(
-            loop, self.network, self.instances, self._owners, profile=self._profile, listener=self
-        )
+        self.migrations = Migrations(loop, self.network, self.instances, self._owners, profile=decode, listener=self)
         self.views = Views(
             loop,
             report_interval_s=config.report_interval_s,
-            block_tokens=self._profile.layout.block_tokens,
+            block_tokens=decode.layout.block_tokens,
             predictor=predictor,
             facts_of=self._facts_of,
             migrations_of=lambda name: (self.migrations.outgoing(name), self.migrations.incoming(name)),
         )
-        handoffs = Handoffs(self.network, self.instances, profile=self._profile)
-        self.router = Router(
-            loop,
-            dataclasses.replace(config, profile=self._profile),
-            POLICIES[config.strategy.dispatch],
-            self.views,
-            self._owners,
-            self.instances,
-            predictor,
-            handoffs.start,
-            self._ended,
-        )
-        rescheduling = ReschedulingConfig(policy=config.strategy.rescheduling, cost=self._profile.cost)
+        rescheduling = ReschedulingConfig(policy=config.strategy.rescheduling, cost=decode.cost)
         moves = config.strategy.rescheduling != "none"
         self.evacuations = Evacuations(
             loop,
@@ -94,6 +81,19 @@ class Cluster:
             interval_s=config.report_interval_s,
             relieve=moves,
             begin=self.begin_migration,
+        )
+        handoffs = Handoffs(self.network, self.instances, profile=decode)
+        self.router = Router(
+            loop,
+            dataclasses.replace(config, profile=decode),
+            POLICIES[config.strategy.dispatch],
+            self.views,
+            self._owners,
+            self.instances,
+            predictor,
+            handoffs.start,
+            self.evacuations.changed,
+            self._ended,
         )
         self.rounds: Rounds | None = None
         if moves and not config.strategy.perfect_balance:
@@ -163,7 +163,9 @@ class Cluster:
 
     def migration_moved(self, request_id: str, source_id: str, target_id: str, epoch: int) -> None:
         """The target owns the sequence."""
-        self.router.moved(request_id, target_id, epoch)
+        source = self.instances.get(source_id)
+        sequence = None if source is None else source.core.scheduler.sequences.get(request_id)
+        self.router.moved(request_id, target_id, epoch, output_tokens=0 if sequence is None else sequence.output_tokens)
         self.evacuations.changed(target_id)
 
     def migration_ended(
@@ -192,18 +194,19 @@ class Cluster:
     # Instances come and go.
 
     def _join(self, instance_id: str, role: Role) -> None:
+        profile = self._profiles[role]
         info = InstanceInfo(
             instance_id=instance_id,
             incarnation=f"{instance_id}/{self._streams}",
             role=role,
             address=instance_id,
-            layout=self._profile.layout,
-            max_sequence_tokens=self._profile.max_sequence_tokens,
-            max_sequences=self._profile.max_sequences,
+            layout=profile.layout,
+            max_sequence_tokens=profile.max_sequence_tokens,
+            max_sequences=profile.max_sequences,
         )
         instance = SimulatedInstance(
             self.loop,
-            self._profile,
+            profile,
             info=info,
             seed=self._config.seed,
             stream=self._streams,
@@ -214,7 +217,7 @@ class Cluster:
         )
         self._streams += 1
         self.instances[instance_id] = instance
-        self.network.add(instance_id, self._profile.link)
+        self.network.add(instance_id, profile.link)
         self.views.add(instance)
         if role is Role.DECODE:
             self.evacuations.add(instance)
@@ -260,13 +263,15 @@ class Cluster:
 
 
 def _shared(config: SimulationConfig) -> Profile:
-    """All decode instances as one whose sequences share them without rest: a step costs as on each of them when the
-    load is divided evenly, and their memory is one."""
+    """All decode instances as one whose sequences share them without rest: a step, recomputing included, costs as on
+    each of them when the load is divided evenly, and their memory is one."""
     profile, count = config.profile, config.decode_instances
     cost = dataclasses.replace(
         profile.cost,
         step_sequence_s=profile.cost.step_sequence_s / count,
         step_token_s=profile.cost.step_token_s / count,
+        prefill_token_s=profile.cost.prefill_token_s / count,
+        prefill_pair_s=profile.cost.prefill_pair_s / count,
     )
     link = dataclasses.replace(profile.link, bytes_per_s=profile.link.bytes_per_s * count)
     return dataclasses.replace(

@@ -62,8 +62,8 @@ class SimulationConfig:
 
     ``warm_up_s``, ``measure_until_s``: requests that arrive before the one or after the other are served, but not
     measured. ``round_interval_s`` is the rescheduler's, ``report_interval_s`` the instances' (0.25 s live).
-    ``queue_length`` and ``queue_timeout_s`` bound the router's queue. ``every_step`` asks for the plain path, which
-    makes each step by itself; the result is the same.
+    ``queue_length`` and ``queue_timeout_s`` bound the router's queue, by default as they do live. ``every_step`` asks
+    for the plain path, which makes each step by itself; the result is the same.
     """
 
     profile: Profile
@@ -77,8 +77,8 @@ class SimulationConfig:
     round_interval_s: float = 1.0
     report_interval_s: float = 0.25
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    queue_length: int = 4096
-    queue_timeout_s: float = 600.0
+    queue_length: int = 1024
+    queue_timeout_s: float = 30.0
     slos: tuple[Slo, ...] = (Slo(2.0, 0.05), Slo(5.0, 0.1))
     faults: tuple[Fault, ...] = ()
     every_step: bool = False

@@ -15,7 +15,7 @@ from starmesh.profiles import Profile
 from starmesh.sim.instance import SimulatedInstance
 from starmesh.sim.network import ROUTER, Network
 from starmesh.sim.pull import Pull
-from starmesh.types import SequenceSpec
+from starmesh.types import InstanceState, SequenceSpec
 
 
 class Handoff:
@@ -57,7 +57,10 @@ class Handoff:
         self._decode_call(lambda core: core.cancel(request_id, epoch))
 
     def _reserve(self) -> None:
-        if self._done is not None:
+        decode = self._handoffs.instances.get(self._decode_id)
+        if decode is not None and decode.info.state is not InstanceState.READY:
+            self._reserved(None)  # it drains
+        elif self._done is not None:
             spec = self._spec
             self._decode_call(lambda core: core.reserve(spec.request_id, spec.epoch, spec.tokens), self._reserved)
 
@@ -65,7 +68,7 @@ class Handoff:
         if self._done is None:
             return
         if found is None or isinstance(found, Exception):
-            # No room for now, or never: the router asks another.
+            # No room for now or never, or it takes nothing: the router asks another.
             self._network.message(self._decode_id, ROUTER, self._refuse)
             return
         layout = self._handoffs.profile.layout

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starmesh.engine.scheduler import QueueFull
-from starmesh.policy.admission import AdmissionQueue, Need, Waiting
+from starmesh.policy.admission import AdmissionQueue, Need, Room, Waiting
 from starmesh.policy.dispatch import DispatchConfig, DispatchMemory, DispatchPolicy, DispatchRequest, NoPlacement
 from starmesh.sim.config import SimulationConfig
 from starmesh.sim.events import Event, EventLoop
@@ -83,7 +83,8 @@ class Flight:
 
 @dataclass(slots=True)
 class Router:
-    """One router. ``ended`` hears of each request once, when nothing of it is left."""
+    """One router. ``took_over`` hears of each decode instance that has begun to decode a request, ``ended`` of each
+    request once, when nothing of it is left."""
 
     loop: EventLoop
     config: SimulationConfig
@@ -93,6 +94,7 @@ class Router:
     instances: dict[str, SimulatedInstance]
     predictor: SimulatedPredictor | None
     hand_off: Callable[[str, str, SequenceSpec, Callable[[bool], None]], Handoff]
+    took_over: Callable[[str], None]
     ended: Callable[[RequestOutcome], None]
     flights: dict[str, Flight] = field(default_factory=dict)
     _memory: DispatchMemory = field(default_factory=DispatchMemory)
@@ -145,15 +147,18 @@ class Router:
         flight.outcome.finished_s = self.loop.now_s
         self._close(flight)
 
-    def moved(self, request_id: str, target_id: str, epoch: int) -> None:
-        """A sequence has moved to another decode instance."""
+    def moved(self, request_id: str, target_id: str, epoch: int, *, output_tokens: int) -> None:
+        """A sequence, of which the client has ``output_tokens``, has moved to another decode instance: it counts there
+        until a report includes it."""
         flight = self.flights.get(request_id)
         if flight is None:
             return
         self.views.release(request_id, flight.decode_id)
         flight.decode_id, flight.epoch = target_id, epoch
+        flight.output_tokens = max(flight.output_tokens, output_tokens)
         flight.outcome.migrations += 1
-        self.views.place(request_id, target_id, flight.need.tokens)
+        (target,) = (each for each in self.views.of((Role.DECODE,)).instances if each.info.instance_id == target_id)
+        self.views.place(request_id, target_id, Room(target, self.config.admission).reserve_tokens(flight.need))
 
     def preempted(self, request_id: str) -> None:
         """A sequence has lost its blocks."""
@@ -278,6 +283,7 @@ class Router:
             flight.handoff = None
             if done:
                 flight.decoding = True
+                self.took_over(flight.decode_id or "")
             else:
                 flight.avoid |= {flight.decode_id or ""}
                 delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2**flight.refusals)
@@ -299,6 +305,8 @@ class Router:
 
     def _excluded(self, flight: Flight, view: ClusterView) -> frozenset[str]:
         """The decode instances that have refused it, unless there are no others."""
+        if not flight.avoid:
+            return frozenset()
         ready = {each.info.instance_id for each in view.of_role(Role.DECODE) if each.info.state is InstanceState.READY}
         return flight.avoid if ready - flight.avoid else frozenset()
 

@@ -65,17 +65,21 @@ class Views:
         self._facts_of = facts_of
         self._migrations_of = migrations_of
         self._known: dict[str, _Reported] = {}
+        # Gathered anew when instances come and go, not at each dispatch.
+        self._of_roles: dict[frozenset[Role], list[_Reported]] = {}
 
     def add(self, instance: SimulatedInstance) -> None:
         """An instance registers, and reports at once."""
         known = _Reported(instance, InstanceLoad(0, 0), self._loop.now_s)
         self._known[instance.info.instance_id] = known
         self._known = dict(sorted(self._known.items()))
+        self._of_roles.clear()
         self._report([known])
 
     def remove(self, instance_id: str) -> None:
         """An instance is gone."""
         self._known.pop(instance_id, None)
+        self._of_roles.clear()
 
     def place(self, request_id: str, instance_id: str, tokens: int) -> None:
         """Count a request at an instance until a report includes it."""
@@ -98,13 +102,20 @@ class Views:
     def of(self, roles: Iterable[Role], *, without: str = "") -> ClusterView:
         """The instances of these roles, ordered by id; reservations of the request ``without`` left out."""
         wanted = frozenset(roles)
-        known = [each for each in self._known.values() if each.instance.info.role in wanted]
-        now_s = self._loop.now_s
-        self._report([each for each in known if now_s - each.reported_at_s >= self._interval_s])
-        views = tuple(map(_view, known))
+        known = self._of_roles.get(wanted)
+        if known is None:
+            known = [each for each in self._known.values() if each.instance.info.role in wanted]
+            self._of_roles[wanted] = known
+        now_s, interval_s = self._loop.now_s, self._interval_s
+        due = [each for each in known if now_s - each.reported_at_s >= interval_s]
+        if due:
+            self._report(due)
+        views = [each.view or _view(each) for each in known]
         if without:
-            views = tuple(_without(view, without) for view in views)
-        return ClusterView(now_s, views)
+            for at, each in enumerate(known):
+                if without in each.pending:
+                    views[at] = _without(views[at], without)
+        return ClusterView(now_s, tuple(views))
 
     def load_now(self, instance_id: str) -> InstanceLoad:
         """An instance's own load with what is predicted of it, as of now."""
@@ -112,12 +123,13 @@ class Views:
         self._report([known])
         return known.load
 
-    def loads(self, *, max_age_s: float) -> Mapping[str, InstanceLoad]:
-        """The last reports of the decode instances, none older than that; for an onlooker, who is no part of the
-        cluster and need not have new ones made."""
-        known = {name: each for name, each in self._known.items() if each.instance.info.role is Role.DECODE}
-        self._report([each for each in known.values() if self._loop.now_s - each.reported_at_s > max_age_s])
-        return {name: each.load for name, each in known.items()}
+    def loads(self) -> Mapping[str, InstanceLoad]:
+        """The decode instances' loads as they are, for an onlooker: nobody in the cluster sees that he looks."""
+        return {
+            name: known.instance.load()
+            for name, known in self._known.items()
+            if known.instance.info.role is Role.DECODE
+        }
 
     def _report(self, reporting: list[_Reported]) -> None:
         """These instances report. Together: one question to the predictor costs little more than for one of them."""
@@ -169,11 +181,10 @@ class Views:
 
 
 def _view(known: _Reported) -> InstanceView:
-    if known.view is None:
-        known.view = InstanceView(known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values()))
+    known.view = InstanceView(known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values()))
     return known.view
 
 
 def _without(view: InstanceView, request_id: str) -> InstanceView:
     kept = tuple(item for item in view.reservations if item.request_id != request_id)
-    return view if len(kept) == len(view.reservations) else dataclasses.replace(view, reservations=kept)
+    return dataclasses.replace(view, reservations=kept)
