@@ -15,7 +15,7 @@ BASELINE = "least_tokens"
 """What changes are told against: the strongest static dispatch."""
 
 _METRICS = ("tpot_mean", "tpot_p99", "ttft_p99")
-_COUNTS = ("preemptions", "migrations_per_request")
+_COUNTS = ("preemptions", "migrations_per_request", "failed_moves")
 
 
 class PageError(ValueError):

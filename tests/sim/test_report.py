@@ -103,6 +103,27 @@ def test_the_table_has_a_row_for_each_cell() -> None:
     assert "±" not in text_of(table(compared(seeds=1))) + text_of(table(SUMMARY, intervals=False))
 
 
+def test_a_row_is_of_the_measured_requests_and_says_so_of_what_is_not() -> None:
+    found = dataclasses.replace(run("star", 1.0), preemptions=999)
+    counts = dataclasses.replace(found.requests, measured=10, preemptions=7, migrations=5)
+    one, other = (
+        found.migrations.counts[0],
+        dataclasses.replace(found.migrations.counts[0], outcome="refused", count=30),
+    )
+    moves = dataclasses.replace(found.migrations, counts=(one, other))
+    found = dataclasses.replace(found, requests=counts, migrations=moves)
+    assert one.count == 10
+    names = ("preemptions", "migrations_per_request", "failed_moves")
+    assert [METRICS[name].value(found) for name in names] == [7.0, 0.5, 0.75]
+    assert METRICS["failed_moves"].value(run("round_robin", 1.0)) == 0.0
+    assert [name for name in METRICS if "whole run" in METRICS[name].label] == [
+        "itl_p99",
+        "failed_moves",
+        "output_tokens_per_s",
+    ]
+    assert "preemptions of measured requests" in page(summarise([found]))
+
+
 def test_the_conclusions_say_who_is_better_and_where_it_makes_no_difference() -> None:
     said = conclusions(SUMMARY)
     first, second, *others = said

@@ -109,7 +109,8 @@ def _migrations(cells: Iterable[Cell]) -> str:
             )
     if not rows:
         return "<p>Nothing moved.</p>"
-    return _table(["strategy", "reason", "outcome", "for each run"], rows, left=3)
+    note = "<p>All moves of the run, those of warm-up included.</p>"
+    return note + _table(["strategy", "reason", "outcome", "for each run"], rows, left=3)
 
 
 def _numbers(summary: Summary) -> str:

@@ -28,6 +28,11 @@ class Metric:
     more_is_better: bool | None = False
 
 
+def _failed_moves(result: SimulationResult) -> float:
+    """The part of all migrations that did not move their sequence."""
+    return result.migrations.failed / max(1, result.migrations.failed + result.migrations.moved)
+
+
 METRICS: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (
@@ -36,7 +41,14 @@ METRICS: Final[Mapping[str, Metric]] = {
         Metric(
             name="tpot_mean", label="mean TPOT", unit="ms", scale=1e3, digits=1, value=lambda result: result.tpot.mean
         ),
-        Metric(name="itl_p99", label="P99 ITL", unit="ms", scale=1e3, digits=1, value=lambda result: result.itl.p99),
+        Metric(
+            name="itl_p99",
+            label="P99 ITL, whole run",
+            unit="ms",
+            scale=1e3,
+            digits=1,
+            value=lambda result: result.itl.p99,
+        ),
         Metric(
             name="longest_gap_p99",
             label="P99 longest gap",
@@ -46,12 +58,19 @@ METRICS: Final[Mapping[str, Metric]] = {
         ),
         Metric(name="ttft_p50", label="P50 TTFT", unit="s", digits=2, value=lambda result: result.ttft.p50),
         Metric(name="ttft_p99", label="P99 TTFT", unit="s", digits=2, value=lambda result: result.ttft.p99),
-        Metric(name="preemptions", label="preemptions", value=lambda result: float(result.preemptions)),
+        Metric(
+            name="preemptions",
+            label="preemptions of measured requests",
+            value=lambda result: float(result.requests.preemptions),
+        ),
         Metric(
             name="migrations_per_request",
-            label="moves per request",
+            label="moves per measured request",
             digits=2,
             value=lambda result: result.requests.migrations_per_request,
+        ),
+        Metric(
+            name="failed_moves", label="failed moves, whole run", unit="%", scale=100, digits=1, value=_failed_moves
         ),
         Metric(name="refused", label="refused", value=lambda result: float(result.refused)),
         Metric(
@@ -72,13 +91,14 @@ METRICS: Final[Mapping[str, Metric]] = {
         ),
         Metric(
             name="output_tokens_per_s",
-            label="output tokens per s",
+            label="output tokens per s, whole run",
             more_is_better=True,
             value=lambda result: result.execution.simulated_tokens / result.duration_s if result.duration_s else 0.0,
         ),
     )
 }
-"""By name; goodput has one for each SLO, from ``goodput_metric``."""
+"""By name; of the measured requests where no label says "whole run". Goodput has one for each SLO, from
+``goodput_metric``."""
 
 
 def metric(name: str) -> Metric:
