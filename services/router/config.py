@@ -26,7 +26,8 @@ class RouterSettings(EmulationSettings):
     queue_length: int = Field(1024, ge=1, description="requests that may wait for an instance with room")
     queue_timeout_s: float = Field(30.0, gt=0, description="seconds that a request waits for room, at most")
     absent_timeout_s: float = Field(2.0, ge=0, description="seconds that a request waits for any instance to be up")
-    max_duration_s: float = Field(600.0, gt=0, description="seconds that a request without a deadline may take")
+    # A reasoning answer of 32,768 tokens takes 16 minutes at 30 ms a token.
+    max_duration_s: float = Field(3600.0, gt=0, description="seconds that a request without a deadline may take")
     max_recoveries: int = Field(8, ge=0, description="times that a request is begun again after failures")
     reserve_output_tokens: int = Field(
         256, ge=1, description="output tokens to reserve room for at dispatch; a longer answer grows into what is free"
