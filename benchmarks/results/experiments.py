@@ -25,13 +25,16 @@ WARM_UP_S = 900.0
 MEASURED_S = 500.0
 """How long measured requests arrive."""
 
-SHADOW_S = 400.0
-"""How long others arrive after them, so that the measured ones do not end in an emptying cluster."""
+SHADOW_S = 900.0
+"""How long others arrive after them: as long as a request decodes, so that none ends in an emptying cluster."""
 
 EDGE_TOKENS = 240_000
 """KV memory at the edge: 19 requests of the mix on average, and at most 7 of its longest."""
 
 STATIC = ("round_robin", "least_tokens")
+PREDICTION = ("star_plus_unpredicted", "star_plus", "star_plus_oracle", "star_peak")
+"""What differs between them is what is known of remaining lengths, and for ``star_peak`` dispatch."""
+
 BOUND = "perfect_balance"
 
 
@@ -75,6 +78,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
         profile: Profile = h100,
         seeds: Sequence[int] = seeds,
         time: float = 1.0,
+        shadow_s: float = SHADOW_S,
         **changes: object,
     ) -> Iterator[SimulationConfig]:
         for rate in rates:
@@ -93,14 +97,14 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             "240,000 tokens of KV memory, around what it holds",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, "current_load", "star", "star_plus", "star_plus_oracle"), (0.12, 0.14), profile=edge)),
+            tuple(runs((*STATIC, "current_load", *PREDICTION), (0.12, 0.14), profile=edge, shadow_s=400.0)),
         ),
         Experiment(
             "load",
             "1 prefill and 3 decode instances, from light load to past saturation",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, "llumnix", *pair, BOUND), (0.1, 0.25, 0.3))),
+            tuple(runs((*STATIC, *pair, BOUND), (0.1, 0.25, 0.3))),
         ),
         Experiment(
             "small_memory",
@@ -120,7 +124,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(
                 config
                 for bytes_per_s in (0.125e9, 1.25e9)
-                for config in runs(pair, (0.14,), profile=edge.with_link(bytes_per_s=bytes_per_s))
+                for config in runs(pair, (0.14,), profile=edge.with_link(bytes_per_s=bytes_per_s), shadow_s=400.0)
             ),
         ),
         Experiment(
@@ -131,7 +135,9 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(
                 config
                 for factor in (0.25, 4.0)
-                for config in runs(("least_tokens", *pair), (0.14,), profile=edge.with_recompute_speed(factor))
+                for config in runs(
+                    ("least_tokens", *pair), (0.14,), profile=edge.with_recompute_speed(factor), shadow_s=400.0
+                )
             ),
         ),
         Experiment(
@@ -154,7 +160,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(
                 config
                 for interval_s in (0.1, 10.0, 120.0)
-                for config in runs(pair, (0.14,), profile=edge, round_interval_s=interval_s)
+                for config in runs(pair, (0.14,), profile=edge, shadow_s=400.0, round_interval_s=interval_s)
             ),
         ),
         Experiment(
@@ -182,10 +188,17 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
 
 
 def reasoning(
-    name: str, *, decode: int, rate: float, profile: Profile, seed: int, time: float = 1.0
+    name: str,
+    *,
+    decode: int,
+    rate: float,
+    profile: Profile,
+    seed: int,
+    time: float = 1.0,
+    shadow_s: float = SHADOW_S,
 ) -> SimulationConfig:
     """The paper's mix at ``rate`` for each decode instance."""
-    requests = round(rate * decode * (WARM_UP_S + MEASURED_S + SHADOW_S) * time)
+    requests = round(rate * decode * (WARM_UP_S + MEASURED_S + shadow_s) * time)
     return SimulationConfig(
         profile=profile,
         strategy=STRATEGIES[name],
