@@ -34,7 +34,7 @@ def peak_blocks(tokens: Integers, remaining: Integers, owner: Integers, count: i
     rank = np.arange(1, len(order) + 1) - np.repeat(begins, sizes)
     held = _sums(whole, begins, sizes) + rank * (whole_ends + 1)
     # By b - 1, how many of the first k sequences have a rest of at least b.
-    reaching = np.stack([_sums(rest >= least, begins, sizes) for least in range(1, block_tokens + 1)])
+    reaching = _sums(rest >= np.arange(1, block_tokens + 1)[:, None], begins, sizes)
     held += reaching[block_tokens - rest_ends - 1, np.arange(len(order))]
     peaks = np.zeros(count, dtype=np.int64)
     # One without sequences has no rows, and reduceat would give it another's.
@@ -70,7 +70,8 @@ def taken_remaining(
 
 
 def _sums(values: npt.NDArray[np.int64 | np.bool_], begins: Integers, sizes: Integers) -> Integers:
-    """Running sums that begin anew with each owner, [sequences]."""
-    sums = np.concatenate(([0], np.cumsum(values)))
-    running: Integers = sums[1:] - np.repeat(sums[begins], sizes)
+    """Running sums that begin anew with each owner, [..., sequences]."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1), dtype=np.int64)
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    running: Integers = sums[..., 1:] - np.repeat(sums[..., begins], sizes, axis=-1)
     return running

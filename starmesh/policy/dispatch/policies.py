@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 
 from starmesh.policy.dispatch.candidates import Candidate, choice_at, find_candidates, layout_of, why_none
@@ -28,6 +29,10 @@ from starmesh.types import ClusterView, KvLayout, Role
 # Candidates are ordered by id and at least one.
 Read = Callable[[tuple[Candidate, ...], DispatchMemory, DispatchConfig], DispatchMemory]
 Pick = Callable[[tuple[Candidate, ...], DispatchRequest, DispatchMemory, DispatchConfig], Candidate | None]
+
+# Of equals ``min`` takes the first, which has the lowest id.
+_tokens_of = attrgetter("tokens")
+_requests_of = attrgetter("requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +58,19 @@ class DispatchPolicy:
             return Decision(reason=why_none(skipped), skipped=skipped), memory
         layouts = {layout_of(candidate) for candidate in prefills}
         decision, memory = self._choose_decode(view, request, memory, config, layouts)
-        skipped += decision.skipped
         if decision.decode is None:
-            return Decision(reason=decision.reason, skipped=skipped), memory
-        layout = next(i.info.layout for i in view.instances if i.info.instance_id == decision.decode.instance_id)
-        matching = [candidate for candidate in prefills if layout_of(candidate) == layout]
-        mismatched = (c.instance_id for c in prefills if layout_of(c) != layout)
-        skipped += tuple(Skipped(instance_id, SkipReason.LAYOUT_MISMATCH) for instance_id in mismatched)
-        order = {instance.info.instance_id: instance.info.role is Role.DECODE for instance in view.instances}
-        prefill = min(matching, key=lambda candidate: (candidate.tokens, candidate.instance_id))
+            return Decision(reason=decision.reason, skipped=skipped + decision.skipped), memory
+        matching = prefills
+        if len(layouts) > 1:
+            layout = next(i.info.layout for i in view.instances if i.info.instance_id == decision.decode.instance_id)
+            matching = tuple(candidate for candidate in prefills if layout_of(candidate) == layout)
+            mismatched = (c.instance_id for c in prefills if layout_of(c) != layout)
+            skipped += tuple(Skipped(instance_id, SkipReason.LAYOUT_MISMATCH) for instance_id in mismatched)
+            skipped = tuple(sorted(skipped, key=lambda skip: skip.instance_id))
         return Decision(
             decode=decision.decode,
-            prefill=choice_at(prefill, request, config),
-            skipped=tuple(sorted(skipped, key=lambda skip: (order[skip.instance_id], skip.instance_id))),
+            prefill=choice_at(min(matching, key=_tokens_of), request, config),
+            skipped=skipped + decision.skipped,
         ), memory
 
     def choose_decode(
@@ -114,13 +119,13 @@ def _round_robin(
 def _least_requests(
     candidates: tuple[Candidate, ...], request: DispatchRequest, memory: DispatchMemory, config: DispatchConfig
 ) -> Candidate:
-    return min(candidates, key=lambda candidate: (candidate.requests, candidate.instance_id))
+    return min(candidates, key=_requests_of)
 
 
 def _least_tokens(
     candidates: tuple[Candidate, ...], request: DispatchRequest, memory: DispatchMemory, config: DispatchConfig
 ) -> Candidate:
-    return min(candidates, key=lambda candidate: (candidate.tokens, candidate.instance_id))
+    return min(candidates, key=_tokens_of)
 
 
 def _power_of_two(
@@ -135,7 +140,7 @@ def _power_of_two(
     first = drawn % count
     # Any of the others, each as likely.
     second = (first + 1 + drawn // count % (count - 1)) % count
-    return _least_tokens((candidates[first], candidates[second]), request, memory, config)
+    return min(candidates[min(first, second)], candidates[max(first, second)], key=_tokens_of)
 
 
 POLICIES: Mapping[str, DispatchPolicy] = MappingProxyType(
@@ -146,7 +151,7 @@ POLICIES: Mapping[str, DispatchPolicy] = MappingProxyType(
             DispatchPolicy("least_requests", _least_requests),
             DispatchPolicy("least_tokens", _least_tokens),
             DispatchPolicy("power_of_two", _power_of_two),
-            DispatchPolicy("predicted_load", pick_by_predicted_load, uses_estimates=True),
+            DispatchPolicy("predicted_load", pick_by_predicted_load, uses_estimates=True, read=read_reports),
             DispatchPolicy("predicted_peak", pick_by_predicted_peak, uses_estimates=True, read=read_reports),
             DispatchPolicy("held_peak", pick_by_predicted_peak, uses_estimates=True, holds=True, read=read_reports),
         )

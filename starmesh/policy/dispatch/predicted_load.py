@@ -1,59 +1,58 @@
 """The decode instance that is least loaded while the request is predicted to stay.
 
 Our idea; of STAR's dispatch we know that it uses input length, initial prediction and current load. Instances are
-measured as a round of rescheduling measures them (``rescheduling.measure``): running sequences by their estimates,
-those without one and what is reserved as staying as they are. Compared are the mean loads over the steps until the
-request's own median, among the instances whose blocks hold it and all others by their upper quantiles; where none do,
-the one that lacks least is taken. Without any estimate, and with memory enough, that is ``least_tokens``.
+measured as a round of rescheduling measures them (``rescheduling.measure``), but each report is read once
+(``outlook``): running sequences by their estimates, those without one and what is reserved as staying as they are.
+Compared are the mean loads over the steps until the request's own median, among the instances whose blocks hold it and
+all others by their upper quantiles; where none do, the one that lacks least is taken. Without any estimate, and with
+memory enough, that is ``least_tokens``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 
 import numpy as np
 
 from starmesh.policy.dispatch.candidates import Candidate
 from starmesh.policy.dispatch.decision import DispatchConfig, DispatchMemory, DispatchRequest
-from starmesh.policy.forecast import Integers, believe, peak_tokens
+from starmesh.policy.dispatch.outlook import Outlook
+from starmesh.policy.forecast import Integers, believe, bin_edges, peak_tokens, token_steps
 from starmesh.policy.rescheduling.config import ReschedulingConfig
-from starmesh.policy.rescheduling.measure import Group, measure
-from starmesh.policy.rescheduling.sequences import Foresight
 from starmesh.sequence_loads import UNKNOWN
-from starmesh.types import InstanceLoad, InstanceView, KvLayout
 
 # Most often one of the least loaded has room: only for the others that of all is looked at.
 _FIRST_LOOK = 8
+_MEMORY_BINS = ReschedulingConfig().memory_bins
 
 
 def pick_by_predicted_load(
     candidates: tuple[Candidate, ...], request: DispatchRequest, memory: DispatchMemory, config: DispatchConfig
 ) -> Candidate:
     """The one that lacks fewest tokens at the worst, then the one of the least mean load; of equals the one that the
-    request has a place on already, then the lowest id."""
+    request has a place on already, then the lowest id. The memory is one of ``predicted_peak.read_reports``."""
     if len(candidates) == 1:
         return candidates[0]
     horizon_steps, upper = _outlook(request, config)
-    measuring = ReschedulingConfig(
-        horizon_steps=horizon_steps,
-        watermark=config.admission.watermark,
-        max_prediction_age_tokens=config.max_prediction_age_tokens,
-    )
-    alike: dict[KvLayout, list[Candidate]] = defaultdict(list)
+    alike: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         layout = candidate.instance.info.layout
         assert layout is not None
-        alike[layout].append(candidate)
+        alike[layout.block_tokens].append(candidate)
     best: list[tuple[int, int, bool, str, Candidate]] = []
-    for layout, members in alike.items():
-        group = measure(tuple(_reported(member.instance, layout) for member in members), measuring, Foresight.MEAN)
-        loads = group.loads[:, 0]
+    for block_tokens, members in alike.items():
+        outlooks = [memory.outlooks[member.instance_id] for member in members]
+        reserved = np.array([member.reserved_tokens for member in members], dtype=np.int64)
+        loads = _loads(outlooks, horizon_steps) + (horizon_steps + 1) * reserved
         elsewhere = np.array([member.instance_id != request.placed_id for member in members])
         # Members are ordered by id and the sort is stable: ties by id.
         order = np.lexsort((elsewhere, loads))
+        bins = bin_edges(horizon_steps, _MEMORY_BINS)
+        own = peak_tokens(np.array([request.need.tokens]), np.array([upper]), bins, block_tokens)
         for some in (order[:_FIRST_LOOK], order[_FIRST_LOOK:]):
-            lacking = _lacking_tokens(group, some, request.need.tokens, upper)
+            needed = _needed_tokens([outlooks[row] for row in some], bins, block_tokens) + own
+            capacity = np.array([outlooks[row].blocks * block_tokens for row in some], dtype=np.int64) - reserved[some]
+            lacking = (needed.max(axis=1) - capacity).clip(min=0)
             for row, lacks in zip(some.tolist(), lacking.tolist(), strict=True):
                 member = members[row]
                 best.append((lacks, int(loads[row]), bool(elsewhere[row]), member.instance_id, member))
@@ -76,21 +75,25 @@ def _outlook(request: DispatchRequest, config: DispatchConfig) -> tuple[int, int
     return min(steps, limit), upper
 
 
-def _reported(instance: InstanceView, layout: KvLayout) -> InstanceView:
-    """The instance; one that has not reported yet with the room that admission takes it to have."""
-    if instance.load is not None:
-        return instance
-    blocks = instance.info.max_sequence_tokens // layout.block_tokens
-    return dataclasses.replace(instance, load=InstanceLoad(total_blocks=blocks, free_blocks=blocks))
+def _loads(outlooks: list[Outlook], horizon_steps: int) -> Integers:
+    """What the sequences of each hold over the steps of the horizon, summed, [outlooks]; exact."""
+    tokens = np.concatenate([outlook.tokens for outlook in outlooks])
+    believed = np.concatenate([outlook.believed for outlook in outlooks])
+    return _sums(token_steps(tokens, believed, horizon_steps), outlooks)
 
 
-def _lacking_tokens(group: Group, instances: Integers, tokens: int, upper: int) -> Integers:
-    """How many tokens each of these may lack at the worst if it takes a sequence of ``tokens`` that may grow by
-    ``upper``, [instances]; 0 where all fits throughout the horizon."""
-    rows, begins = group.sequences.of(instances)
-    held = np.zeros((len(rows) + 1, len(group.bins[0])), dtype=np.int64)
-    np.cumsum(group.peaks(rows), axis=0, out=held[1:])
-    own = peak_tokens(np.array([tokens]), np.array([upper]), group.bins, group.layout.block_tokens)
-    needed = held[np.append(begins[1:], len(rows))] - held[begins] + own
-    lacking: Integers = (needed.max(axis=1) - group.capacity[instances]).clip(min=0)
-    return lacking
+def _needed_tokens(outlooks: list[Outlook], bins: tuple[Integers, Integers], block_tokens: int) -> Integers:
+    """What the sequences of each may hold at most in each bin of the horizon, [outlooks, bins]."""
+    if not outlooks:
+        return np.zeros((0, len(bins[0])), dtype=np.int64)
+    tokens = np.concatenate([outlook.tokens for outlook in outlooks])
+    upper = np.concatenate([outlook.upper for outlook in outlooks])
+    return _sums(peak_tokens(tokens, upper, bins, block_tokens), outlooks)
+
+
+def _sums(values: Integers, outlooks: list[Outlook]) -> Integers:
+    """Of [sequences, ...] over those of each, [outlooks, ...]."""
+    sums = np.zeros((len(values) + 1, *values.shape[1:]), dtype=np.int64)
+    np.cumsum(values, axis=0, out=sums[1:])
+    found: Integers = np.diff(sums[np.cumsum([0, *(len(outlook.tokens) for outlook in outlooks)])], axis=0)
+    return found

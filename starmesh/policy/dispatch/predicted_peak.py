@@ -103,16 +103,15 @@ class _Crowd:
         here = place[self.owner] >= 0
         tokens, remaining, owner = self.tokens[here], self.remaining[here], place[self.owner[here]]
         peaks = peak_blocks(tokens, remaining, owner, len(instances), self.block_tokens)
-        now = peak_blocks(tokens, np.zeros_like(remaining), owner, len(instances), self.block_tokens)
+        now = np.bincount(owner, weights=-(-tokens // self.block_tokens), minlength=len(instances))
         lacking = (peaks - self.blocks[instances]).clip(min=0)
         return np.where(now * _NEARLY_IDLE <= self.blocks[instances], 0, lacking)
 
 
 def _typical(candidates: tuple[Candidate, ...], memory: DispatchMemory, config: DispatchConfig) -> int:
     """What those that run still generate on average; where nothing runs, the default horizon."""
-    remaining = [memory.outlooks[candidate.instance_id].remaining for candidate in candidates]
-    count = sum(map(len, remaining))
-    return sum(int(each.sum()) for each in remaining) // count if count else config.horizon_steps
+    taken = np.concatenate([memory.outlooks[candidate.instance_id].taken for candidate in candidates])
+    return int(taken.sum()) // len(taken) if len(taken) else config.horizon_steps
 
 
 def _own(request: DispatchRequest, typical: int, config: DispatchConfig) -> int:
@@ -132,7 +131,7 @@ def _crowd(members: list[Candidate], memory: DispatchMemory, block_tokens: int, 
     each = np.repeat(np.arange(len(members)), [len(outlook.tokens) for outlook in outlooks])
     return _Crowd(
         tokens=np.concatenate((*(outlook.tokens for outlook in outlooks), tokens)),
-        remaining=np.concatenate((*(outlook.remaining for outlook in outlooks), np.full(len(rows), typical))),
+        remaining=np.concatenate((*(outlook.taken for outlook in outlooks), np.full(len(rows), typical))),
         owner=np.concatenate((each, rows)),
         blocks=np.array([outlook.blocks for outlook in outlooks]),
         block_tokens=block_tokens,
