@@ -116,11 +116,7 @@ def test_a_row_is_of_the_measured_requests_and_says_so_of_what_is_not() -> None:
     names = ("preemptions", "migrations_per_request", "failed_moves")
     assert [METRICS[name].value(found) for name in names] == [7.0, 0.5, 0.75]
     assert METRICS["failed_moves"].value(run("round_robin", 1.0)) == 0.0
-    assert [name for name in METRICS if "whole run" in METRICS[name].label] == [
-        "itl_p99",
-        "failed_moves",
-        "output_tokens_per_s",
-    ]
+    assert [name for name in METRICS if "whole run" in METRICS[name].label] == ["itl_p99", "failed_moves"]
     assert "preemptions of measured requests" in page(summarise([found]))
 
 
@@ -140,15 +136,54 @@ def test_the_conclusions_say_who_is_better_and_where_it_makes_no_difference() ->
 
 
 def test_what_is_worse_is_said_as_well_and_what_may_mislead() -> None:
-    said = conclusions(summarise([run("least_tokens", 1.0), run("star", 1.5)]))
-    assert any(sentence.startswith("star is worse than least_tokens: at 1/s P99 TPOT +50.") for sentence in said)
+    said = conclusions(
+        summarise(
+            run(name, slowness, seed=seed)
+            for name, slowness in (("least_tokens", 1.0), ("star", 1.5))
+            for seed in (0, 1)
+        )
+    )
+    assert any(sentence.startswith("star is worse than least_tokens: at 1/s P99 TPOT +") for sentence in said)
     assert said[-1] == "In short: least_tokens will do here; star is no better."
-    assert any("One seed says nothing of chance" in sentence for sentence in said)
     old = dataclasses.replace(run("star", 1.0, seed=1), code_version="another")
     assert any("different versions" in sentence for sentence in conclusions(summarise([run("star", 1.0), old])))
-    traced = conclusions(compared(rates=(None,), seeds=1))
-    assert "with the trace as it is P99 TPOT" in " ".join(traced)
+    traced = " ".join(conclusions(compared(rates=(None,), seeds=2)))
+    assert "with the trace as it is P99 TPOT" in traced and "the same for each seed" not in traced
+    replayed = dataclasses.replace(config_of(rate=None).workload, lengths="trace")
+    runs = [run("star", 1.0, rate=None, seed=seed, workload=replayed) for seed in (0, 1)]
+    assert "of a trace are the same for each seed" in " ".join(conclusions(summarise(runs)))
     assert [percent(change) for change in (-0.25, 0.034, 1.63)] == ["-25.0 %", "+3.4 %", "2.63x"]
+
+
+def test_one_seed_calls_nothing_better() -> None:
+    assert not interval([7.0]).excludes_zero and not interval([-1.0, 1.0]).excludes_zero
+    assert interval([1.0, 1.1]).excludes_zero
+    said = conclusions(compared(seeds=1))
+    assert said[-1] == "In short: one seed says nothing of chance; --seeds 5 does."
+    assert not re.search("better|worse|will do|cannot be told|gains", " ".join(said))
+    assert conclusions(summarise([run("star", 1.0)]))[-1] == "One seed says nothing of chance; --seeds 5 does."
+
+
+def counted(found: SimulationResult, *, measured_s: float = 30.0, **counts: int) -> SimulationResult:
+    return dataclasses.replace(found, measured_s=measured_s, requests=dataclasses.replace(found.requests, **counts))
+
+
+def test_where_nothing_was_measured_or_served_nothing_is_concluded() -> None:
+    runs = [run(name, 1.0, seed=seed) for name in ("least_tokens", "star") for seed in (0, 1)]
+    (said,) = conclusions(summarise(counted(each, measured=0, finished=0) for each in runs))
+    assert said.startswith("Nothing was measured: ") and "make --warm-up shorter or --duration longer" in said
+    (said,) = conclusions(summarise(counted(each, finished=0, refused=each.requests.measured) for each in runs))
+    assert said.startswith("Nothing was served: ") and "try lower --rates" in said
+    late = [counted(run("star", 1.0, rate=2.0, seed=seed), measured=0, finished=0) for seed in (0, 1)]
+    partly = " ".join(conclusions(summarise([*runs, *late])))
+    assert "as all requests arrived in the warm-up: star at 2/s." in partly
+
+
+def test_requests_that_arrive_at_once_have_no_goodput_per_second() -> None:
+    summary = summarise(counted(run("star", 1.0, seed=seed), measured_s=0.0) for seed in (0, 1))
+    assert "0.000" not in text_of(table(summary))
+    assert any("arrived all at once" in sentence for sentence in conclusions(summary))
+    assert not re.search(r"\bnan\b", goodput_plot(summary, SLOS[0]), re.IGNORECASE)
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, compared(seeds=1), compared(seeds=2, rates=(None,))])

@@ -34,8 +34,8 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the values differ from 0 beyond chance; a single value says nothing of chance and counts as such."""
-        return self.mean != 0 if math.isnan(self.low) else self.low > 0 or self.high < 0
+        """Whether the values differ from 0 beyond chance; False for a single value, which says nothing of chance."""
+        return self.low > 0 or self.high < 0
 
 
 def student_t(degrees: int) -> float:

@@ -73,6 +73,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             name="failed_moves", label="failed moves, whole run", unit="%", scale=100, digits=1, value=_failed_moves
         ),
         Metric(name="refused", label="refused", value=lambda result: float(result.refused)),
+        Metric(name="cut", label="cut short", value=lambda result: float(result.requests.cut)),
         Metric(
             name="variation",
             label="spread of resident tokens",
@@ -91,9 +92,10 @@ METRICS: Final[Mapping[str, Metric]] = {
         ),
         Metric(
             name="output_tokens_per_s",
-            label="output tokens per s, whole run",
+            label="output tokens per s",
             more_is_better=True,
-            value=lambda result: result.execution.simulated_tokens / result.duration_s if result.duration_s else 0.0,
+            # A second in which measured requests arrived, as of goodput: a run ends with a tail in which none do.
+            value=lambda result: result.requests.output_tokens / result.measured_s if result.measured_s > 0 else 0.0,
         ),
     )
 }
@@ -112,9 +114,12 @@ def slo_text(slo: Slo) -> str:
 
 
 def goodput_metric(slo: Slo) -> Metric:
-    """Requests per second that met ``slo``; NaN for a result that was not judged by it."""
+    """Requests per second that met ``slo``; NaN for a result that was not judged by it, or where all requests arrived
+    at once."""
 
     def value(result: SimulationResult) -> float:
+        if result.measured_s <= 0:
+            return float("nan")
         return next((found.per_s for found in result.goodput if found.slo == slo), float("nan"))
 
     return Metric(
@@ -159,6 +164,16 @@ class Cell:
     def ratio_to(self, other: Cell, metric: Metric) -> Interval:
         """How many times ``other``'s value this one's is, seed by seed: the same seed is the same workload."""
         return ratio_interval(self._pairs(other, metric))
+
+    @property
+    def measured(self) -> int:
+        """Requests that were measured, over all seeds."""
+        return sum(result.requests.measured for result in self.results)
+
+    @property
+    def finished(self) -> int:
+        """Those of them that got all of their tokens."""
+        return sum(result.finished for result in self.results)
 
     def difference_to(self, other: Cell, metric: Metric) -> Interval:
         """How much more than ``other``'s value this one's is, seed by seed."""

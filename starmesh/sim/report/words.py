@@ -13,6 +13,7 @@ from typing import Final
 from starmesh.sim.config import Slo
 from starmesh.sim.report.intervals import Interval
 from starmesh.sim.report.summary import METRICS, Cell, Metric, Summary, goodput_metric, share_metric, slo_text
+from starmesh.sim.workload import TRACE
 
 SAME: Final = 0.01
 """A smaller change than this is called none, whatever its interval."""
@@ -23,17 +24,41 @@ ENOUGH: Final = 0.95
 
 def conclusions(summary: Summary) -> list[str]:
     """Some sentences, the last of them the answer in short. They set strategies that move running requests against the
-    best of those that place a request once, or, where there is only one kind, all against the best."""
+    best of those that place a request once, or, where there is only one kind, all against the best. Nothing is called
+    better or worse of a single seed, nor where nothing was served."""
+    if (nothing := _nothing(summary)) is not None:
+        return [nothing]
     baseline, contenders = _sides(summary)
     compared = [_compare(summary, contender, baseline) for contender in contenders]
     said = [_carried(summary, slo) for slo in summary.slos]
-    for comparison in compared:
-        said.extend(comparison.sentences())
+    chance = any(len(cell.results) > 1 for cell in summary.cells.values())
+    if chance:
+        for comparison in compared:
+            said.extend(comparison.sentences())
     said.extend(_warnings(summary))
-    if contenders:
+    if not chance:
+        of_what = ", of step times and predictions: a trace's requests stay the same" if _any_replayed(summary) else ""
+        said.append(f"{'In short: o' if contenders else 'O'}ne seed says nothing of chance; --seeds 5 does{of_what}.")
+    elif contenders:
         best = _best(summary, contenders)
         said.append(next(comparison for comparison in compared if comparison.contender == best).verdict())
     return said
+
+
+def _nothing(summary: Summary) -> str | None:
+    """Why there is nothing to conclude, if so."""
+    cells = summary.cells.values()
+    if not any(cell.measured for cell in cells):
+        return (
+            "Nothing was measured: no request arrived between the end of the warm-up and that of the measuring; make "
+            "--warm-up shorter or --duration longer."
+        )
+    if not any(cell.finished for cell in cells):
+        return (
+            "Nothing was served: all measured requests were refused or gave up waiting; try lower --rates, more "
+            "--decode instances, more KV memory or shorter requests."
+        )
+    return None
 
 
 def is_static(cell: Cell) -> bool:
@@ -79,7 +104,7 @@ def _carried(summary: Summary, slo: Slo) -> str:
         shares = [
             f"{name} {_share(_number(cell.of(share_metric(slo)).mean))}"
             for name in summary.strategies
-            if (cell := summary.cell(name, None)) is not None
+            if (cell := summary.cell(name, None)) is not None and cell.measured
         ]
         return f"Within {slo_text(slo)}: {', '.join(shares)} of the requests."
     most: dict[str, float | None] = {}
@@ -87,6 +112,8 @@ def _carried(summary: Summary, slo: Slo) -> str:
         carried = None
         for load in known:
             cell = summary.cell(name, load)
+            if cell is not None and not cell.measured:
+                continue
             if cell is None or _number(cell.of(share_metric(slo)).mean) < ENOUGH:
                 break
             carried = load
@@ -178,9 +205,9 @@ def _change(cell: Cell, other: Cell, metric: Metric) -> tuple[int, str]:
     """1 for better, -1 for worse, 0 for the same; and by how much."""
     ratio = cell.ratio_to(other, metric)
     if math.isnan(ratio.mean):
-        before, after = (_number(each.of(metric).mean) for each in (other, cell))
-        if before == after:
+        if not cell.difference_to(other, metric).excludes_zero:
             return 0, ""
+        before, after = (_number(each.of(metric).mean) for each in (other, cell))
         text = f"{metric.label} {before * metric.scale:.{metric.digits}f} to {after * metric.scale:.{metric.digits}f}"
         return (1 if (after > before) == bool(metric.more_is_better) else -1), f"{text} {metric.unit}"
     change = Interval(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.count)
@@ -199,16 +226,37 @@ def percent(change: float) -> str:
 
 def _warnings(summary: Summary) -> list[str]:
     said = []
-    refused = [cell for name in summary.strategies for cell in summary.line(name) if cell.of(METRICS["refused"]).mean]
+    cells = [cell for name in summary.strategies for cell in summary.line(name)]
+    refused = [cell for cell in cells if cell.of(METRICS["refused"]).mean]
     if refused:
-        names = [f"{cell.strategy}{'' if cell.load is None else f' at {cell.load:g}/s'}" for cell in refused]
-        said.append(f"Requests were refused or gave up waiting: {', '.join(names)}; latencies are of the others.")
+        said.append(f"Requests were refused or gave up waiting: {_names(refused)}; latencies are of the others.")
+    cut = [cell for cell in cells if cell.of(METRICS["cut"]).mean]
+    if cut:
+        said.append(f"Outputs were cut short, where the context or an instance's memory ends: {_names(cut)}.")
+    unmeasured = [cell for cell in cells if not cell.measured]
+    if unmeasured:
+        said.append(f"Nothing was measured, as all requests arrived in the warm-up: {_names(unmeasured)}.")
     versions = {result.code_version for result in summary.results}
     if len(versions) > 1:
         said.append("These results were made by different versions of the code; run them again to compare.")
-    if all(len(cell.results) == 1 for cell in summary.cells.values()):
-        said.append("One seed says nothing of chance: give --seeds 5 for intervals.")
+    if any(result.measured_s <= 0 for result in summary.results):
+        said.append("The measured requests arrived all at once, or only one did: there is no goodput per second.")
+    if _any_replayed(summary) and any(len(cell.results) > 1 for cell in cells):
+        said.append(
+            "The requests of a trace are the same for each seed: chance here is that of step times and predictions "
+            "only."
+        )
     return said
+
+
+def _any_replayed(summary: Summary) -> bool:
+    """Whether each seed serves the same requests."""
+    workloads = [cell.results[0].config.workload for cell in summary.cells.values()]
+    return any(workload.arrivals == workload.lengths == TRACE for workload in workloads)
+
+
+def _names(cells: Sequence[Cell]) -> str:
+    return ", ".join(f"{cell.strategy}{'' if cell.load is None else f' at {cell.load:g}/s'}" for cell in cells)
 
 
 def _share(part: float) -> str:
