@@ -160,6 +160,8 @@ def simulate(
 
     With perfect ones: star_oracle, star_plus_oracle.
 
+    star_plus where requests go by the predicted peak of memory: star_peak, star_peak_oracle; held_peak lets them wait.
+
     What balance alone can reach where memory suffices: perfect_balance.
 
     On your own load: starmesh simulate --trace FILE --profile h100-7b --decode 8

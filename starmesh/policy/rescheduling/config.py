@@ -34,7 +34,7 @@ class ReschedulingConfig:
     it; the others look no further than for load. Our choice, by simulation at the edge of memory: where room lasts no
     longer than ``relieve`` looks ahead, a move only passes the shortage on (docs/rescheduling.md)."""
 
-    memory_bins: int = 8
+    memory_bins: int = 16
     """Parts of that time for each of which a target must have room. More bins see earlier that sequences end; fewer
     are never less safe. Our choice."""
 
