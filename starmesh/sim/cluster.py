@@ -145,7 +145,7 @@ class Cluster:
                 self.router.prefilled(output.request_id, ended=ended)
             elif ended:
                 self.migrations.sequence_ended(output.request_id)
-                self.router.finished(output.request_id)
+                self.router.finished(output.request_id, output_tokens=output.offset + len(output.token_ids))
 
     def gaps(self, instance: SimulatedInstance, gaps_s: npt.NDArray[np.float64], sequences: int) -> None:
         """Each of ``sequences`` sequences got its tokens so far apart."""

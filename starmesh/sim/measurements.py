@@ -76,6 +76,7 @@ class Measurements:
             requests["refused" if outcome.refused else "unfinished"] += 1
             return
         requests["finished"] += 1
+        requests["cut"] += outcome.cut
         requests["output_tokens"] += outcome.output_tokens
         ttft_s, tpot_s = outcome.ttft_s, outcome.tpot_s
         self._ttft.add(ttft_s)
@@ -147,6 +148,7 @@ class Measurements:
                 finished=requests["finished"],
                 refused=requests["refused"],
                 unfinished=requests["unfinished"],
+                cut=requests["cut"],
                 prompt_tokens=requests["prompt_tokens"],
                 output_tokens=requests["output_tokens"],
                 preemptions=requests["preemptions"],
@@ -209,7 +211,7 @@ def _record(outcome: RequestOutcome) -> bytes:
     times = (outcome.placed_s, outcome.first_token_s, outcome.finished_s)
     request_id = outcome.request_id.encode()
     return request_id + struct.pack(
-        "<Q5d5q?",
+        "<Q5d5q??",
         len(request_id),
         outcome.arrived_s,
         outcome.longest_gap_s,
@@ -220,4 +222,5 @@ def _record(outcome: RequestOutcome) -> bytes:
         outcome.preemptions,
         outcome.recoveries,
         outcome.refused,
+        outcome.cut,
     )

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutcome:
-    """Filled in while the request is served. ``finished_s`` is None for one that was turned away or given up, which
-    ``refused`` tells apart. ``longest_gap_s`` is the longest time between two of its tokens."""
+    """Filled in while the request is served. ``output_tokens`` are those that it got; with ``cut`` it would have got
+    more, but for the length of the context or of what a decode instance's memory holds. ``finished_s`` is None for one
+    that was turned away or given up, which ``refused`` tells apart. ``longest_gap_s`` is the longest time between two
+    of its tokens."""
 
     request_id: str
     arrived_s: float
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: int = 0
     placed_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -22,6 +24,7 @@ class RequestOutcome:
     preemptions: int = 0
     recoveries: int = 0
     refused: bool = False
+    cut: bool = False
 
     @property
     def ttft_s(self) -> float:

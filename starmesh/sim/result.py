@@ -32,13 +32,16 @@ class InvalidResult(ValueError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCounts:
     """``arrived`` counts all requests, the rest those that were measured: each of them is ``finished``, ``refused`` or,
-    when the run ended, ``unfinished``. What happened to them: ``preemptions``, ``migrations``, ``recoveries``."""
+    when the run ended, ``unfinished``. Of the finished ones ``cut`` ended before they wanted to, for want of context or
+    memory; they got ``output_tokens`` together. What happened to the measured ones: ``preemptions``, ``migrations``,
+    ``recoveries``."""
 
     arrived: int
     measured: int
     finished: int
     refused: int
     unfinished: int
+    cut: int
     prompt_tokens: int
     output_tokens: int
     preemptions: int
@@ -115,7 +118,7 @@ class Execution:
 
     @property
     def simulated_tokens_per_s(self) -> float:
-        """Output tokens simulated in a second of wall clock."""
+        """Output tokens that requests got, in a second of wall clock."""
         return self.simulated_tokens / self.wall_s if self.wall_s > 0 else 0.0
 
 
@@ -151,7 +154,7 @@ class SimulationResult:
 
     @property
     def finished(self) -> int:
-        """Measured requests that got all of their tokens."""
+        """Measured requests that came to their end, be it that of the context or of memory (``requests.cut``)."""
         return self.requests.finished
 
     @property

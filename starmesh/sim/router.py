@@ -119,7 +119,6 @@ class Router:
             request_id=request.request_id,
             arrived_s=self.loop.now_s,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=request.output_tokens,
         )
         flight = Flight(number, request, outcome)
         self.flights[request.request_id] = flight
@@ -135,16 +134,18 @@ class Router:
         if not flight.started:
             flight.outcome.first_token_s = self.loop.now_s
         if ended:
-            self.finished(request_id)
+            self.finished(request_id, output_tokens=flight.output_tokens)
             return
         flight.lease_ends_s = self.loop.now_s + LEASE_S
         self._choose_anew(flight)
         self._decode(flight)
 
-    def finished(self, request_id: str) -> None:
-        """A sequence has come to its end."""
+    def finished(self, request_id: str, *, output_tokens: int) -> None:
+        """A sequence has come to its end, which may be sooner than it wanted to."""
         flight = self.flights[request_id]
+        flight.output_tokens = output_tokens
         flight.outcome.finished_s = self.loop.now_s
+        flight.outcome.cut = output_tokens < flight.request.output_tokens
         self._close(flight)
 
     def moved(self, request_id: str, target_id: str, epoch: int, *, output_tokens: int) -> None:
@@ -315,9 +316,10 @@ class Router:
         self._forget(flight)
         flight.outcome.recoveries += recovered
         flight.epoch += 3
-        if flight.output_tokens >= flight.request.output_tokens:
-            flight.outcome.finished_s = self.loop.now_s
-            self._close(flight)
+        profile, request = self.config.profile, flight.request
+        room_tokens = min(profile.max_sequence_tokens, profile.kv_tokens + 1) - request.prompt_tokens
+        if flight.output_tokens >= min(request.output_tokens, room_tokens):
+            self.finished(request.request_id, output_tokens=flight.output_tokens)
         else:
             self._begin(flight)
 
@@ -343,6 +345,7 @@ class Router:
         self._forget(flight)
         self.owners.disown(flight.request.request_id)
         del self.flights[flight.request.request_id]
+        flight.outcome.output_tokens = flight.output_tokens
         self.ended(flight.outcome)
         if self.waiting_requests:
             if self._look is not None:

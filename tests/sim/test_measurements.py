@@ -14,6 +14,7 @@ from starmesh.migration.terms import Cause
 from starmesh.sim.config import Slo
 from starmesh.sim.histogram import QUANTILES, LogHistogram
 from starmesh.sim.measurements import Measurements
+from starmesh.sim.report import METRICS
 from starmesh.sim.series import SeriesRecorder
 from starmesh.types import InstanceLoad, Migration, MigrationReason
 from tests.sim.runs import config_of, outcome
@@ -76,12 +77,16 @@ def test_only_requests_that_arrive_in_the_measured_time_are_measured() -> None:
     measurements.finished(
         outcome("slow", arrived_s=20.0, first_token_s=22.0, finished_s=24.0, migrations=3, preemptions=1)
     )
-    measurements.finished(outcome("away", arrived_s=25.0, refused=True, first_token_s=None, finished_s=None))
+    measurements.finished(
+        outcome("away", arrived_s=25.0, output_tokens=0, refused=True, first_token_s=None, finished_s=None)
+    )
     measurements.finished(outcome("cut", arrived_s=26.0, finished_s=None))
     measurements.finished(outcome("late", arrived_s=50.0))
     result = measurements.result(ended_at_s=60.0, wall_s=1.0, recomputed_tokens=7)
     counts = result.requests
     assert (counts.arrived, counts.measured, counts.finished, counts.refused, counts.unfinished) == (6, 4, 2, 1, 1)
+    assert (counts.output_tokens, result.execution.simulated_tokens) == (22, 55)
+    assert METRICS["output_tokens_per_s"].value(result) == 1.1
     assert (counts.migrations, counts.preemptions, counts.migrations_per_request) == (3, 1, 0.75)
     assert result.measured_s == 20.0
     assert [(found.good, found.share, found.per_s) for found in result.goodput] == [(1, 0.25, 0.05), (2, 0.5, 0.1)]

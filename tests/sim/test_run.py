@@ -99,6 +99,40 @@ def test_what_reschedules_moves() -> None:
     assert run(small("current_load")).migrations_moved > 0
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("every_step", [False, True])
+def test_an_output_that_memory_ends_has_the_tokens_that_were_made(every_step: bool) -> None:
+    workload = WorkloadConfig(requests=12, rate=0.5, max_output_tokens=8000)
+    result = run(small("least_tokens", profile=SMALL.with_memory(1024), workload=workload, every_step=every_step))
+    counts = result.requests
+    assert 0 < counts.cut < counts.finished
+    assert result.output_lengths.edges[-2] <= 1024
+    assert counts.output_tokens == result.execution.simulated_tokens
+    # A request's mean gap is no less than its least one, but for the rounding of the histograms.
+    assert result.tpot.least >= result.itl.least * 0.99
+
+
+@pytest.mark.fast
+def test_an_output_whose_last_token_dies_with_its_instance_is_at_its_end() -> None:
+    workload = WorkloadConfig(requests=1, rate=1.0, max_output_tokens=8000)
+    config = small("least_tokens", profile=SMALL.with_memory(256), workload=workload, seed=3)
+    whole = run(config)
+    assert whole.requests.cut == 1
+    # The request arrives when the measured time ends; the last step has begun 1 ms before its own end.
+    last_step_s = whole.measured_s + whole.end_to_end.most - 0.001
+    struck = run(dataclasses.replace(config, faults=(Fault(last_step_s, FaultKind.DIE, "decode-0"),)))
+    assert (struck.requests.recoveries, struck.requests.cut) == (1, 1)
+    assert struck.requests.output_tokens == whole.requests.output_tokens
+
+
+@pytest.mark.fast
+def test_what_is_refused_generates_nothing() -> None:
+    workload = WorkloadConfig(requests=6, rate=4.0, lengths="chat", max_prompt_tokens=5000)
+    refused = run(small("least_tokens", profile=SMALL.with_memory(16), workload=workload))
+    assert refused.refused == 6
+    assert refused.execution.simulated_tokens == refused.requests.output_tokens == 0
+
+
 def test_perfect_balance_is_faster_than_any_policy_where_memory_suffices() -> None:
     ample = dataclasses.replace(SMALL, total_blocks=4000)
     bound = run(small("perfect_balance", profile=ample))
