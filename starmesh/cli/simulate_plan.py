@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,27 +89,33 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
     if not sample:
         raise CliError(f"{options.trace} holds no request that generated anything; name another with --trace")
     saturation = estimate(profile, sample)
-    prefill = options.prefill or saturation.prefill_instances(options.decode)
+    asked = _rates(options)
+    sizes = {rate: _sized(options, dataclasses.replace(workload, rate=rate), saturation) for rate in asked or ()}
+    # Loads that are parts of the saturation ask for as many prefill instances as that does.
+    heaviest = max((size.rate for size in sizes.values()), default=math.inf)
+    prefill = options.prefill or saturation.prefill_instances(heaviest, decode_instances=options.decode)
     saturated = saturation.rate(prefill_instances=prefill, decode_instances=options.decode)
-    rates = _rates(options, saturated)
+    rates = asked or tuple(float(f"{part * saturated:.2g}") for part in LOADS)
+    for rate in rates:
+        if rate not in sizes:
+            sizes[rate] = _sized(options, dataclasses.replace(workload, rate=rate), saturation)
     if seeds is None:
         # A trace as it is differs between seeds by noise and predictions only.
         seeds = 1 if rates == (None,) else 3
     configs = []
-    sizes = {rate: _sized(options, dataclasses.replace(workload, rate=rate), saturation) for rate in rates}
     faults = tuple(map(read_fault, options.faults))
     for strategy, rate, seed in itertools.product(strategies, rates, range(seeds)):
-        sized, warm_up_s, until_s = sizes[rate]
+        size = sizes[rate]
         configs.append(
             SimulationConfig(
                 profile=profile,
                 strategy=strategy,
-                workload=sized,
+                workload=size.workload,
                 prefill_instances=prefill,
                 decode_instances=options.decode,
                 seed=seed,
-                warm_up_s=warm_up_s,
-                measure_until_s=until_s,
+                warm_up_s=size.warm_up_s,
+                measure_until_s=size.until_s,
                 round_interval_s=seconds(options.round_interval, "--round-interval"),
                 slos=tuple(map(read_slo, options.slos)) or (Slo(2.0, 0.05), Slo(5.0, 0.1)),
                 faults=faults,
@@ -210,7 +217,8 @@ def _workload(options: SimulateOptions) -> WorkloadConfig:
     return dataclasses.replace(workload, max_output_tokens=options.max_output_tokens)
 
 
-def _rates(options: SimulateOptions, saturated: float) -> tuple[float | None, ...]:
+def _rates(options: SimulateOptions) -> tuple[float | None, ...] | None:
+    """The rates asked for, None among them for a trace's own; None for those of ``LOADS``."""
     if options.rates:
         try:
             rates = tuple(dict.fromkeys(float(rate) for rate in options.rates.split(",")))
@@ -221,31 +229,41 @@ def _rates(options: SimulateOptions, saturated: float) -> tuple[float | None, ..
         return rates
     if options.trace is not None and options.arrivals in (None, TRACE):
         return (None,)
-    return tuple(float(f"{part * saturated:.2g}") for part in LOADS)
+    return None
 
 
-def _sized(
-    options: SimulateOptions, workload: WorkloadConfig, saturation: Saturation
-) -> tuple[WorkloadConfig, float, float | None]:
-    """The workload with as many requests as it is to have, from when on they are measured, and until when."""
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """The workload with as many requests as it is to have, from when on they are measured and until when, and how many
+    come in a second; of a trace as it is, in its busiest minute."""
+
+    workload: WorkloadConfig
+    warm_up_s: float
+    until_s: float | None
+    rate: float
+
+
+def _sized(options: SimulateOptions, workload: WorkloadConfig, saturation: Saturation) -> _Size:
     duration_s = seconds(options.duration, "--duration") if options.duration else None
     warm_up_s = seconds(options.warm_up, "--warm-up") if options.warm_up else None
     if workload.rate is None or (workload.arrivals == TRACE and options.requests is None and duration_s is None):
         # A trace is measured whole, unless told otherwise.
         count = options.requests or _MOST_TRACE
         drawn = itertools.islice(draw_requests(workload, seed=0), count)
-        found = sum(1 for _ in _before(drawn, duration_s))
-        return dataclasses.replace(workload, requests=max(1, found)), warm_up_s or 0.0, None
+        minutes = Counter(int(request.arrives_s // 60) for request in _before(drawn, duration_s))
+        sized = dataclasses.replace(workload, requests=max(1, minutes.total()))
+        busiest = max(minutes.values(), default=1) / 60
+        return _Size(sized, warm_up_s or 0.0, None, workload.rate or busiest)
     if options.requests is not None:
         requests, duration_s = options.requests, options.requests / workload.rate
     else:
         if duration_s is None:
             duration_s = LONGEST * saturation.longest_s
         requests = max(1, math.ceil(duration_s * workload.rate))
+    sized = dataclasses.replace(workload, requests=requests)
     if warm_up_s is not None:
-        return dataclasses.replace(workload, requests=requests), warm_up_s, None
-    until_s = (WARM_UP + MEASURED) * duration_s
-    return dataclasses.replace(workload, requests=requests), WARM_UP * duration_s, until_s
+        return _Size(sized, warm_up_s, None, workload.rate)
+    return _Size(sized, WARM_UP * duration_s, (WARM_UP + MEASURED) * duration_s, workload.rate)
 
 
 def _before(requests: Iterator[SimulatedRequest], end_s: float | None) -> Iterator[SimulatedRequest]:

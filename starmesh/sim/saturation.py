@@ -28,9 +28,10 @@ class Saturation:
         """Requests per second that a cluster carries."""
         return min(self.prefill_rate * prefill_instances, self.decode_rate * decode_instances)
 
-    def prefill_instances(self, decode_instances: int, *, slack: float = 1.5) -> int:
-        """How many keep ``decode_instances`` busy, with ``slack`` for bursts."""
-        return max(1, math.ceil(slack * self.decode_rate * decode_instances / self.prefill_rate))
+    def prefill_instances(self, rate: float, *, decode_instances: int, slack: float = 1.5) -> int:
+        """How many do not hold up ``rate`` requests per second, or as many of them as ``decode_instances`` carry, with
+        ``slack`` for bursts."""
+        return max(1, math.ceil(slack * min(rate, self.decode_rate * decode_instances) / self.prefill_rate))
 
 
 def estimate(profile: Profile, requests: Sequence[SimulatedRequest]) -> Saturation:

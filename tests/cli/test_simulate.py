@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -190,8 +191,31 @@ def test_saturation_is_where_full_batches_keep_up() -> None:
     assert found.rate(prefill_instances=1, decode_instances=10**6) == found.prefill_rate
     short = estimate(PROFILE.with_memory(1600), requests)
     assert short.sequences == 8
-    instances = found.prefill_instances(12)
+    instances = found.prefill_instances(math.inf, decode_instances=12)
     assert found.prefill_rate * instances >= 1.5 * found.decode_rate * 12 > found.prefill_rate * (instances - 1)
+    assert found.prefill_instances(found.prefill_rate, decode_instances=10**6) == 2
+    assert found.prefill_instances(0.01, decode_instances=12) == 1
+
+
+@fast
+def test_prefill_instances_are_as_many_as_the_load_needs(trace: Path) -> None:
+    def prefill(**changes: Any) -> int:
+        return make_plan(options(decode=64, **changes)).configs[0].prefill_instances
+
+    # A request a second is nothing to one; what 64 decode instances carry is much.
+    assert prefill(trace=trace) == prefill(trace=trace, rates="0.5,1") == 1
+    most = prefill(trace=trace, arrivals="poisson", requests=50)
+    assert most > 50 and prefill(trace=trace, rates="0.5,1e6") == most
+    assert 1 < prefill(trace=trace, rates="1,1000") < most
+    assert prefill(trace=trace, prefill=3) == 3
+
+
+@fast
+def test_a_trace_needs_prefill_for_its_busiest_minute(tmp_path: Path) -> None:
+    path = tmp_path / "bursty.csv"
+    rows = [f"{second},4000,20" for second in sorted([*range(0, 6000, 60), *[3000] * 6000])]
+    path.write_text("arrives_s,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
+    assert make_plan(options(trace=path, decode=64)).configs[0].prefill_instances > 1
 
 
 def test_a_run_prints_keeps_and_draws(tmp_path: Path) -> None:
