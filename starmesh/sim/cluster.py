@@ -242,6 +242,7 @@ class Cluster:
     def _die(self, instance: SimulatedInstance) -> None:
         instance_id = instance.info.instance_id
         tokens = {row.request_id: row.output_tokens for row in SequenceLoads.of(instance.load().sequences)}
+        tokens |= {output.request_id: output.offset + len(output.token_ids) for output in instance.under_way}
         instance.kill()
         del self.instances[instance_id]
         self.views.remove(instance_id)

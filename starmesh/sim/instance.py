@@ -11,7 +11,7 @@ it, but its outputs and its tokens count when it ends, and not at all if the ins
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
@@ -130,6 +130,13 @@ class SimulatedInstance:
             return replace(load, sequences=SequenceLoads.of(load.sequences))
         self._catch_up()
         return self._look_at_sequences().load()
+
+    @property
+    def under_way(self) -> Sequence[SequenceOutput]:
+        """What the step under way makes of sequences, of all those at least that end with it: they have left the load
+        already."""
+        self._catch_up()
+        return self._outputs if self._leap is None else self._leap.outputs
 
     def kill(self) -> None:
         """Have nothing of it happen any more; calls that wait are dropped."""

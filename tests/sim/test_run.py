@@ -113,9 +113,10 @@ def test_an_output_that_memory_ends_has_the_tokens_that_were_made(every_step: bo
 
 
 @pytest.mark.fast
-def test_an_output_whose_last_token_dies_with_its_instance_is_at_its_end() -> None:
+@pytest.mark.parametrize("every_step", [False, True])
+def test_an_output_whose_last_token_dies_with_its_instance_is_at_its_end(every_step: bool) -> None:
     workload = WorkloadConfig(requests=1, rate=1.0, max_output_tokens=8000)
-    config = small("least_tokens", profile=SMALL.with_memory(256), workload=workload, seed=3)
+    config = small("least_tokens", profile=SMALL.with_memory(256), workload=workload, seed=3, every_step=every_step)
     whole = run(config)
     assert whole.requests.cut == 1
     # The request arrives when the measured time ends; the last step has begun 1 ms before its own end.
@@ -123,6 +124,7 @@ def test_an_output_whose_last_token_dies_with_its_instance_is_at_its_end() -> No
     struck = run(dataclasses.replace(config, faults=(Fault(last_step_s, FaultKind.DIE, "decode-0"),)))
     assert (struck.requests.recoveries, struck.requests.cut) == (1, 1)
     assert struck.requests.output_tokens == whole.requests.output_tokens
+    assert struck.duration_s < whole.duration_s, "nothing is left to compute again"
 
 
 @pytest.mark.fast
