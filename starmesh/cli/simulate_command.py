@@ -104,15 +104,15 @@ def simulate(
     duration: Annotated[
         str,
         typer.Option(
-            metavar="TIME", help="Virtual time in which they arrive. (default: 2.5 longest ones)", rich_help_panel=_LOAD
+            metavar="TIME", help="Virtual time in which they arrive. (default: 3 longest ones)", rich_help_panel=_LOAD
         ),
     ] = "",
     warm_up: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="Requests before it are not measured. (default: none of a trace, else 40 % of the time; nor are then "
-            "the last 20 %)",
+            help="Requests before it are not measured. (default: none of a whole trace or one as it is, else a third "
+            "of the time; nor are then the last, for as long as the longest takes)",
             rich_help_panel=_LOAD,
         ),
     ] = "",

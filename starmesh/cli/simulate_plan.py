@@ -28,14 +28,15 @@ TRACE: Final = "trace"
 LOADS: Final = (0.5, 0.75, 0.95)
 """Parts of the estimated saturation that are tried when no rate is given."""
 
-WARM_UP: Final = 0.4
-MEASURED: Final = 0.4
-"""Parts of the time during which requests arrive: first the cluster fills, then it is measured, then it goes on: what
-was measured ends under load too."""
+PART: Final = 1 / 3
+"""The part of the time during which requests arrive in which the cluster fills, unmeasured, and the part, at most, in
+which it goes on after those that are measured: for as long as the longest request takes, as far as full batches let
+foresee, so that what was measured ends under load too."""
 
-LONGEST: Final = 2.5
+LONGEST: Final = 3.0
 """How many times the longest request's duration requests arrive, if nothing is said: then the cluster is filled, with
-requests of all ages, after ``WARM_UP`` of it."""
+requests of all ages, after ``PART`` of it, and the last measured request may be the longest. A shorter ``--duration``
+is measured in a cluster that is emptier."""
 
 _SAMPLE: Final = 4096
 _MOST_TRACE: Final = 10_000_000
@@ -263,7 +264,8 @@ def _sized(options: SimulateOptions, workload: WorkloadConfig, saturation: Satur
     sized = dataclasses.replace(workload, requests=requests)
     if warm_up_s is not None:
         return _Size(sized, warm_up_s, None, workload.rate)
-    return _Size(sized, WARM_UP * duration_s, (WARM_UP + MEASURED) * duration_s, workload.rate)
+    until_s = duration_s - min(saturation.longest_s, PART * duration_s)
+    return _Size(sized, PART * duration_s, until_s, workload.rate)
 
 
 def _before(requests: Iterator[SimulatedRequest], end_s: float | None) -> Iterator[SimulatedRequest]:

@@ -28,7 +28,7 @@ from starmesh.sim.result import SimulationResult, config_to_json
 from starmesh.sim.run import Progress
 from starmesh.sim.saturation import estimate
 from starmesh.sim.strategies import STRATEGIES
-from starmesh.sim.workload import SimulatedRequest
+from starmesh.sim.workload import SimulatedRequest, draw_requests
 from starmesh.types import Role
 from tests.sim.runs import PROFILE, config_of, result_of
 
@@ -78,11 +78,17 @@ def test_without_a_rate_some_below_saturation_are_tried() -> None:
     config = plan.configs[0]
     assert (config.strategy.name, config.profile.name, config.seed) == ("round_robin", "h100-7b", 0)
     assert config.workload.lengths == "reasoning"
-    # The cluster fills during the longest request, and goes on for half as long after the last measured one has come.
+    # The cluster fills during the longest request, and goes on for as long after the last measured one has come.
     ends_s = config.workload.requests / (config.workload.rate or 1.0)
     assert config.measure_until_s is not None
-    assert config.warm_up_s == pytest.approx(0.4 * ends_s, rel=0.01)
-    assert config.measure_until_s == pytest.approx(0.8 * ends_s, rel=0.01)
+    assert config.warm_up_s == pytest.approx(ends_s / 3, rel=0.01)
+    assert config.measure_until_s == pytest.approx(ends_s * 2 / 3, rel=0.01)
+    longest_s = estimate(config.profile, list(draw_requests(config.workload, seed=0))).longest_s
+    assert ends_s - config.measure_until_s == pytest.approx(longest_s, rel=0.05)
+    # More time is spent on measuring, less is shared alike.
+    long, short = (make_plan(options(rates="1", duration=text)).configs[0] for text in ("10h", "90s"))
+    assert long.measure_until_s == pytest.approx(36_000 - longest_s, rel=0.05)
+    assert (short.warm_up_s, short.measure_until_s) == pytest.approx((30.0, 60.0))
     assert plan.configs[0].workload == plan.configs[9].workload
 
 
