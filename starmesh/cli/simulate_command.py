@@ -99,7 +99,7 @@ def simulate(
     ] = 1.0,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="How many. (default: a trace's, else as fill --duration)", rich_help_panel=_LOAD),
+        typer.Option(min=1, help="How many, instead of --duration. (default: a trace's)", rich_help_panel=_LOAD),
     ] = None,
     duration: Annotated[
         str,

@@ -82,6 +82,11 @@ class SimulatePlan:
 
 def make_plan(options: SimulateOptions) -> SimulatePlan:
     """Raises CliError for what cannot be; also ProfileError and WorkloadError, whose messages say what to do."""
+    if options.requests is not None and options.duration:
+        raise CliError("--requests and --duration both say how many; leave one out")
+    round_interval_s = seconds(options.round_interval, "--round-interval")
+    if round_interval_s <= 0:
+        raise CliError(f"--round-interval: {options.round_interval!r} is no time between rounds; write 100ms or more")
     profile = _profile(options)
     strategies = _strategies(options)
     seeds = options.seeds
@@ -117,12 +122,15 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
                 seed=seed,
                 warm_up_s=size.warm_up_s,
                 measure_until_s=size.until_s,
-                round_interval_s=seconds(options.round_interval, "--round-interval"),
+                round_interval_s=round_interval_s,
                 slos=tuple(map(read_slo, options.slos)) or (Slo(2.0, 0.05), Slo(5.0, 0.1)),
                 faults=faults,
             )
         )
     _check(configs[0])
+    if any(fault.role is Role.DECODE for fault in faults) and any(each.perfect_balance for each in strategies):
+        bound = next(each.name for each in strategies if each.perfect_balance)
+        raise CliError(f"--fault: {bound} has no decode instances that could fail; leave it out of --compare")
     return SimulatePlan(tuple(configs), saturated)
 
 
@@ -203,6 +211,9 @@ def _strategies(options: SimulateOptions) -> list[Strategy]:
 def _workload(options: SimulateOptions) -> WorkloadConfig:
     """All but how many requests and how fast."""
     traced = options.trace is not None
+    for option, given in (("--arrivals", options.arrivals), ("--lengths", options.lengths)):
+        if given == TRACE and not traced:
+            raise CliError(f"{option} {TRACE} needs the file that they are read from; name it with --trace")
     arrivals = options.arrivals or (TRACE if traced else "gamma" if options.variation != 1.0 else "poisson")
     workload = WorkloadConfig(
         requests=_MOST_TRACE,

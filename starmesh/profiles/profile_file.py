@@ -42,10 +42,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     path = Path(name_or_path)
     if path.suffix == SUFFIX or path.is_file():
         return read_profile(path)
-    raise ProfileError(
-        f"there is no profile {str(name_or_path)!r}: use one of {', '.join(profile_names())}, or a {SUFFIX} file that "
-        "`starmesh profile` has written"
-    )
+    raise ProfileError(f"there is no profile {str(name_or_path)!r}: {_instead()}")
 
 
 def read_profile(path: Path) -> Profile:
@@ -53,13 +50,17 @@ def read_profile(path: Path) -> Profile:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
+        raise ProfileError(f"cannot read the profile {path}: {error.strerror}; {_instead()}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} is not TOML: {error}") from error
+        raise ProfileError(f"{path} is not TOML: {error}; mend it there, or {_instead()}") from error
     try:
         return _parse(content, path.name.removesuffix(SUFFIX))
     except ValueError as error:
         raise ProfileError(f"{path}: {error}") from error
+
+
+def _instead() -> str:
+    return f"use one of {', '.join(profile_names())}, or a {SUFFIX} file that `starmesh profile` has written"
 
 
 def write_profile(profile: Profile, path: Path) -> None:

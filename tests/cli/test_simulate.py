@@ -161,6 +161,14 @@ def test_options_reach_the_configuration() -> None:
         ),
         ({"predictor": "crystal ball"}, "is none of none, measured"),
         ({"kv_tokens": 1, "kv_memory_gb": 1.0}, "say the same; leave one out"),
+        ({"requests": 9, "duration": "9s"}, "--requests and --duration both say how many; leave one out"),
+        ({"round_interval": "0"}, "--round-interval: '0' is no time between rounds; write 100ms or more"),
+        ({"lengths": "trace"}, "--lengths trace needs the file .*; name it with --trace"),
+        ({"arrivals": "trace"}, "--arrivals trace needs the file .*; name it with --trace"),
+        (
+            {"compare": "star,perfect_balance", "faults": ["9s:die:decode-1"], "rates": "1"},
+            "--fault: perfect_balance has no decode instances that could fail; leave it out of --compare",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_with_what_can(changes: dict[str, Any], why: str) -> None:

@@ -81,7 +81,7 @@ def edited(directory: Path, pattern: str, replacement: str) -> Path:
         (r"^\[provenance\]\n", '[provenance]\n"cost.step" = "?"\n', r"provenance\.cost\.step is of no number"),
         ("^step_noise = .*\n\n", "step_noise = 2\n\n", "step_noise within 0 to 1"),
         ('^step_noise = "assumed.*', "step_noise = 3", r"provenance\.step_noise must be a text, not 3"),
-        ("^total_blocks = ", "total_blocks ", r"is not TOML: .*line 1"),
+        ("^total_blocks = ", "total_blocks ", r"is not TOML: .*line 1.*; mend it there, or use one of"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, pattern: str, replacement: str, complaint: str) -> None:
@@ -95,7 +95,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, pattern: str, replacem
 def test_a_profile_that_is_nowhere_is_told_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"no profile 'abacus': use one of h100-32b, .*laptop-cpu"):
         load_profile("abacus")
-    with pytest.raises(ProfileError, match=r"cannot read the profile .*mine\.toml: No such file"):
+    with pytest.raises(ProfileError, match=r"cannot read the profile .*mine\.toml: No such file .*; use one of"):
         load_profile(tmp_path / "mine.toml")
 
 

@@ -108,7 +108,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     )
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except OSError as error:  # gzip's complaint about a file that isn't one among them
-        raise WorkloadError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise WorkloadError(
+            f"{path} cannot be read: {error.strerror or error}; name a trace file that is there, as CSV or JSON Lines, "
+            "with .gz if it is compressed"
+        ) from None
     except (EOFError, zlib.error) as error:
         raise WorkloadError(f"{path} cannot be read after line {number}: damaged or cut gzip ({error})") from None
     except UnicodeDecodeError:
