@@ -46,6 +46,18 @@ def simulate(
     round_interval: Annotated[
         str, typer.Option(metavar="TIME", help="Between rounds of rescheduling.", rich_help_panel=_SETUP)
     ] = "1s",
+    queue_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests that may wait for room. (default: as many as live)", rich_help_panel=_SETUP),
+    ] = None,
+    queue_timeout: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="How long one waits for room, at most. (default: as long as live)",
+            rich_help_panel=_SETUP,
+        ),
+    ] = "",
     predictor: Annotated[
         str,
         typer.Option(
@@ -200,6 +212,8 @@ def simulate(
         slos=slo or (),
         faults=fault or (),
         predictor=predictor,
+        queue_length=queue_length,
+        queue_timeout=queue_timeout,
     )
     try:
         if replay is not None:

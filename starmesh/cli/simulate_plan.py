@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 from starmesh.cli.run import CliError
 from starmesh.profiles import Profile, load_profile
@@ -70,6 +70,8 @@ class SimulateOptions:
     slos: Sequence[str] = ()
     faults: Sequence[str] = ()
     predictor: str = ""
+    queue_length: int | None = None
+    queue_timeout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
         seeds = 1 if rates == (None,) else 3
     configs = []
     faults = tuple(map(read_fault, options.faults))
+    queue = _queue(options)
     for strategy, rate, seed in itertools.product(strategies, rates, range(seeds)):
         size = sizes[rate]
         configs.append(
@@ -125,6 +128,7 @@ def make_plan(options: SimulateOptions) -> SimulatePlan:
                 round_interval_s=round_interval_s,
                 slos=tuple(map(read_slo, options.slos)) or (Slo(2.0, 0.05), Slo(5.0, 0.1)),
                 faults=faults,
+                **queue,
             )
         )
     _check(configs[0])
@@ -187,6 +191,21 @@ def _profile(options: SimulateOptions) -> Profile:
     if options.recompute_speed != 1.0:
         profile = profile.with_recompute_speed(options.recompute_speed)
     return profile
+
+
+class _Queue(TypedDict, total=False):
+    queue_length: int
+    queue_timeout_s: float
+
+
+def _queue(options: SimulateOptions) -> _Queue:
+    """What was said of the router's queue; the rest is as it is live."""
+    queue = _Queue()
+    if options.queue_length is not None:
+        queue["queue_length"] = options.queue_length
+    if options.queue_timeout:
+        queue["queue_timeout_s"] = seconds(options.queue_timeout, "--queue-timeout")
+    return queue
 
 
 def _strategies(options: SimulateOptions) -> list[Strategy]:

@@ -126,6 +126,8 @@ def test_options_reach_the_configuration() -> None:
             predictor="oracle",
             variation=3.0,
             max_output_tokens=500,
+            queue_length=64,
+            queue_timeout="5m",
         )
     )
     assert len(plan.configs) == 4
@@ -138,6 +140,7 @@ def test_options_reach_the_configuration() -> None:
     assert read_fault("1:join:prefill-7").role is Role.PREFILL
     assert (config.workload.arrivals, config.workload.variation) == ("gamma", 3.0)
     assert (config.workload.requests, config.workload.max_output_tokens) == (100, 500)
+    assert (config.queue_length, config.queue_timeout_s) == (64, 300.0)
     assert config.strategy.predictor == "oracle"
     assert plan.configs[-1].strategy.predictor == "none", "round robin asks no predictor"
     in_gb = make_plan(options(kv_memory_gb=5.7344, rates="1", requests=9)).configs[0]
