@@ -18,7 +18,7 @@ class PredictorSettings(EmulationSettings):
         description="version or file to start with; empty: what ships for the model, else conditional_median",
     )
     longest_output_tokens: int = Field(
-        32_000, ge=1, description="emulated: the longest output of the load, which the errors of predictions grow with"
+        32_768, ge=1, description="emulated: the longest output of the load, which the errors of predictions grow with"
     )
     predictor_dir: Path | None = Field(None, description="directory of predictor files that may be promoted")
     # At 25 tokens/s and a sample every 20: what 3,000 sequences send in a second.

@@ -2,9 +2,9 @@
 
 from pydantic import Field, field_validator
 
-from starmesh.emulation.lengths import QUANTILES
 from starmesh.emulation.settings import EmulationSettings
 from starmesh.ledger.limits import OWNER_TTL_S
+from starmesh.lengths import LENGTH_MODELS
 from starmesh.model_files import DEFAULT_MODEL
 from starmesh.policy.dispatch import POLICIES
 
@@ -14,7 +14,7 @@ class RouterSettings(EmulationSettings):
 
     model: str = Field(DEFAULT_MODEL, description="directory, hub id or name of the model, for its tokenizer")
     output_lengths: str = Field(
-        "chat", description=f"emulated: how long the answers to ordinary prompts are: {', '.join(QUANTILES)}"
+        "chat", description=f"emulated: how long the answers to ordinary prompts are: {', '.join(LENGTH_MODELS)}"
     )
     dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
     predictor_timeout_s: float = Field(
@@ -47,6 +47,6 @@ class RouterSettings(EmulationSettings):
     @field_validator("output_lengths")
     @classmethod
     def _known_lengths(cls, name: str) -> str:
-        if name not in QUANTILES:
-            raise ValueError(f"there is no length model {name!r}: use one of {', '.join(QUANTILES)}")
+        if name not in LENGTH_MODELS:
+            raise ValueError(f"there is no length model {name!r}: use one of {', '.join(LENGTH_MODELS)}")
         return name

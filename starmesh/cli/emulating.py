@@ -106,7 +106,7 @@ class Emulating:
     def apply(self, plan: ClusterPlan) -> ClusterPlan:
         """The plan with instances that emulate, where they are to; its other flags for them go. Where they are not, a
         profile is what costs are reckoned by."""
-        from starmesh.emulation.lengths import QUANTILES
+        from starmesh.lengths import LENGTH_MODELS
         from starmesh.policy.rescheduling import ReschedulingConfig
 
         profile = str(Path(self.profile).absolute()) if Path(self.profile).is_file() else self.profile
@@ -117,7 +117,7 @@ class Emulating:
                 decode_flags=(*plan.decode_flags, *reckoned),
                 rescheduler_flags=(*plan.rescheduler_flags, *reckoned),
             )
-        default, speed, longest = ReschedulingConfig(), self.speed, QUANTILES[self.output_lengths][-1][1]
+        default, speed, longest = ReschedulingConfig(), self.speed, LENGTH_MODELS[self.output_lengths].cap_tokens
         own = flags(
             {"--engine": "emulated", "--profile": profile, "--speed": self.speed, "--kv-tokens": self.kv_tokens}
         )

@@ -7,13 +7,13 @@ from zlib import crc32
 from starmesh.clock import WallClock
 from starmesh.emulation.emulation import Emulation
 from starmesh.emulation.executor import PacedExecutor
-from starmesh.emulation.lengths import QUANTILES
 from starmesh.emulation.link import SharedLink
 from starmesh.emulation.tokenizer import EmulatedTokenizer
 from starmesh.engine.emulated import EOS_TOKEN_ID
 from starmesh.engine.engine import EngineConfig, EngineCore
 from starmesh.instance.loading import LoadedEngine
 from starmesh.instance.settings import EngineSettings
+from starmesh.lengths import LENGTH_MODELS
 from starmesh.tokenizer import StopMatcher
 from starmesh.types import SequenceSpec
 
@@ -25,7 +25,7 @@ def load_emulated(settings: EngineSettings, emulation: Emulation, *, prefix_cach
     executor = PacedExecutor(
         emulation, stream=crc32(settings.instance_id.encode()), hidden_states=settings.kept_layers != ()
     )
-    tokenizer = EmulatedTokenizer(context_tokens=profile.max_sequence_tokens, lengths=next(iter(QUANTILES)))
+    tokenizer = EmulatedTokenizer(context_tokens=profile.max_sequence_tokens, lengths=next(iter(LENGTH_MODELS)))
 
     def stop_checker(spec: SequenceSpec) -> StopMatcher:
         return StopMatcher(tokenizer, spec.sampling.stop_strings)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starmesh.emulation.lengths import QUANTILES, draw_output_tokens
+from starmesh.emulation.lengths import draw_output_tokens
 from starmesh.emulation.requests import emulated_prompt, emulated_request
 from starmesh.emulation.tokenizer import EmulatedTokenizer
 from starmesh.emulation.tokens import (
@@ -19,6 +19,7 @@ from starmesh.emulation.tokens import (
 )
 from starmesh.engine.batch import BatchItem
 from starmesh.engine.emulated import EOS_TOKEN_ID, output_token_id
+from starmesh.lengths import LENGTH_MODELS
 from starmesh.tokenizer import IncrementalDetokenizer, StopMatcher
 from starmesh.types import SamplingParams
 
@@ -95,11 +96,13 @@ def test_the_last_message_of_a_conversation_counts() -> None:
     assert len(prompt) > len(said("emulate output_tokens=7"))
 
 
-@pytest.mark.parametrize("model", sorted(QUANTILES))
+@pytest.mark.parametrize("model", sorted(LENGTH_MODELS))
 def test_drawn_lengths_follow_their_model(model: str) -> None:
     drawn = np.array([draw_output_tokens(model, f"{number}".encode()) for number in range(4000)])
-    for part, tokens in QUANTILES[model]:
+    ends = {tokens: part for part, tokens in LENGTH_MODELS[model].outputs.points}  # of a mass, all of it
+    for tokens, part in ends.items():
         assert np.mean(drawn <= tokens) == pytest.approx(part, abs=0.03)
+    assert drawn.max() <= LENGTH_MODELS[model].cap_tokens
 
 
 def test_a_sequence_ends_after_as_many_tokens_as_its_prompt_says() -> None:

@@ -20,9 +20,9 @@ from typing import Final
 
 import numpy as np
 
+from starmesh.lengths import LENGTH_MODELS, Quantiles
 from starmesh.sim.predictors.noise import Persistence, SlowNoise
 from starmesh.sim.predictors.predictor import Integers, Numbers
-from starmesh.sim.workload.lengths import LENGTH_MODELS, Quantiles
 
 KNOWS_FIRST: Final = 0.32
 KNOWS_TOKENS: Final = 12_000.0
@@ -45,11 +45,9 @@ class PaperPredictor:
 
     def __init__(self, *, seed: int, cap_tokens: int) -> None:
         mix = LENGTH_MODELS["reasoning"]
-        outputs = mix.outputs
-        assert isinstance(outputs, Quantiles)
         self._scale = cap_tokens / mix.cap_tokens
         self._every = mix.cap_tokens / _PLACES
-        self._typical = _typical(outputs, np.linspace(0.0, mix.cap_tokens, _PLACES + 1))
+        self._typical = _typical(mix.outputs, np.linspace(0.0, mix.cap_tokens, _PLACES + 1))
         self._noise = SlowNoise(
             seed=seed,
             slow_tokens=max(1.0, SLOW_KNOTS * cap_tokens),

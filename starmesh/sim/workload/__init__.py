@@ -5,8 +5,8 @@ Owns arrivals, length models and the readers of trace files. Owns no placement.
 
 from __future__ import annotations
 
+from starmesh.lengths import LENGTH_MODELS
 from starmesh.sim.workload.draw import draw_requests
-from starmesh.sim.workload.lengths import LENGTH_MODELS
 from starmesh.sim.workload.output_cap import output_cap
 from starmesh.sim.workload.request import (
     ARRIVALS,

@@ -9,8 +9,8 @@ import dataclasses
 from collections import Counter
 from typing import Final
 
+from starmesh.lengths import LENGTH_MODELS
 from starmesh.sim.workload.draw import draw_requests
-from starmesh.sim.workload.lengths import LENGTH_MODELS
 from starmesh.sim.workload.request import WorkloadConfig
 
 REACHED: Final = 0.999

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from starmesh.sim.workload.lengths import LENGTH_MODELS
+from starmesh.lengths import LENGTH_MODELS
 
 TRACE: Final = "trace"
 """Arrivals or lengths that are read from ``WorkloadConfig.trace_path``."""
