@@ -16,6 +16,7 @@ import numpy as np
 
 SOURCES: Final = (
     "clock.py",
+    "lengths.py",
     "types.py",
     "sequence_loads.py",
     "engine",

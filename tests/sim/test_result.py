@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +64,16 @@ def test_the_code_version_follows_what_decides_a_run_and_nothing_else() -> None:
     files = {path.name for path in code_version._files(Path(code_version.__file__).parents[1])}
     assert {"cluster.py", "events.py", "scheduler.py", "table.py", "cost.py", "profile.py", "types.py"} <= files
     assert not {"sweep.py", "page.py", "grpc.py"} & files
+
+
+def test_the_code_version_covers_all_that_a_run_imports() -> None:
+    script = "import sys, starmesh.sim.run; print(*(m.__file__ for n, m in sys.modules.items() if n[:8] == 'starmesh'))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True, timeout=60)
+    root = Path(code_version.__file__).parents[1]
+    imported = {Path(name) for name in found.stdout.split()} - {root / "__init__.py"}
+    assert len(imported) > 50
+    assert imported <= set(code_version._files(root))
+
+
+def test_the_code_version_stays() -> None:
     assert code_version.code_version() == code_version.code_version() != ""
