@@ -179,8 +179,18 @@ def test_where_nothing_was_measured_or_served_nothing_is_concluded() -> None:
     assert "as all requests arrived in the warm-up: star at 2/s." in partly
 
 
+def test_outputs_that_were_cut_short_are_told_of() -> None:
+    runs = [counted(run("star", 1.0, seed=seed), cut=3 * seed) for seed in (0, 1)]
+    summary = summarise([*runs, run("least_tokens", 1.0)])
+    (said,) = (sentence for sentence in conclusions(summary) if "cut short" in sentence)
+    assert said.endswith(" ends: star at 1/s.")
+    assert "cut short" in page(summary)
+    assert METRICS["cut"].value(runs[1]) == 3.0
+
+
 def test_requests_that_arrive_at_once_have_no_goodput_per_second() -> None:
     summary = summarise(counted(run("star", 1.0, seed=seed), measured_s=0.0) for seed in (0, 1))
+    assert math.isnan(METRICS["output_tokens_per_s"].value(summary.results[0]))
     assert "0.000" not in text_of(table(summary))
     assert any("arrived all at once" in sentence for sentence in conclusions(summary))
     assert not re.search(r"\bnan\b", goodput_plot(summary, SLOS[0]), re.IGNORECASE)

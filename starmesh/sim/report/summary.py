@@ -33,6 +33,11 @@ def _failed_moves(result: SimulationResult) -> float:
     return result.migrations.failed / max(1, result.migrations.failed + result.migrations.moved)
 
 
+def _output_tokens_per_s(result: SimulationResult) -> float:
+    """For each second in which measured requests arrived, as goodput is; a run ends with a tail in which none do."""
+    return result.requests.output_tokens / result.measured_s if result.measured_s > 0 else float("nan")
+
+
 METRICS: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (
@@ -94,8 +99,7 @@ METRICS: Final[Mapping[str, Metric]] = {
             name="output_tokens_per_s",
             label="output tokens per s",
             more_is_better=True,
-            # A second in which measured requests arrived, as of goodput: a run ends with a tail in which none do.
-            value=lambda result: result.requests.output_tokens / result.measured_s if result.measured_s > 0 else 0.0,
+            value=_output_tokens_per_s,
         ),
     )
 }
