@@ -44,6 +44,8 @@ def main() -> None:
     unknown = wanted - {experiment.name for experiment in known}
     if unknown:
         parser.error(f"no experiment is named {', '.join(sorted(unknown))}: {', '.join(each.name for each in known)}")
+    # As the runs begin: who commits meanwhile does not change what they are of.
+    commit = machine.commit("starmesh", "benchmarks/results")
     for experiment in known:
         if wanted and experiment.name not in wanted:
             continue
@@ -56,10 +58,7 @@ def main() -> None:
         summary = summary_of(experiment, results)
         table = markdown(experiment, summary)
         cpu_s = sum(result.execution.wall_s for result in results)
-        note = (
-            f"{len(results)} runs, {cpu_s:.0f} s of one core in all, {datetime.date.today()}, "
-            f"commit {machine.commit('starmesh', 'benchmarks/results')}."
-        )
+        note = f"{len(results)} runs, {cpu_s:.0f} s of one core in all, {datetime.date.today()}, commit {commit}."
         print(f"\r{'':60}\r{table}\n{note} ({time.monotonic() - began_s:.0f} s)\n", flush=True)
         if not arguments.quick:
             PAGE.write_text(replace_between(PAGE.read_text(), experiment.name, f"{table}\n\n{note}"))
