@@ -57,8 +57,8 @@ def relief_plan(
     ``steps``: how long it would take to be rid of a sequence, so about the steps of a migration; the targets are held
     to ``memory_horizons`` horizons. ``preempted_first`` are the request ids in the order in which the scheduler would
     preempt them. As few go as possible; of those that help alike the one that would be preempted first, and then the
-    one with the fewest tokens. Nothing moves while everything fits, and nothing that ends before its transfer pays; what
-    need not move has no reason.
+    one with the fewest tokens. Nothing moves while everything fits, and nothing that ends before its transfer pays;
+    what need not move has no reason.
     """
     ranks = {request_id: rank for rank, request_id in enumerate(preempted_first)}
 
