@@ -32,7 +32,7 @@ from starmesh.sim.outcome import RequestOutcome
 from starmesh.sim.owners import Owners
 from starmesh.sim.predictors import SimulatedPredictor
 from starmesh.sim.rounds import Rounds
-from starmesh.sim.router import Router
+from starmesh.sim.router import LOOK_S, Router
 from starmesh.sim.token_times import TokenTimes
 from starmesh.sim.views import Views
 from starmesh.sim.workload import SimulatedRequest
@@ -67,6 +67,7 @@ class Cluster:
         self.views = Views(
             loop,
             report_interval_s=config.report_interval_s,
+            look_interval_s=LOOK_S,
             block_tokens=decode.layout.block_tokens,
             predictor=predictor,
             facts_of=self._facts_of,
@@ -145,6 +146,7 @@ class Cluster:
                 self.router.prefilled(output.request_id, ended=ended)
             elif ended:
                 self.migrations.sequence_ended(output.request_id)
+                self.views.report(instance.info.instance_id)
                 self.router.finished(output.request_id, output_tokens=output.offset + len(output.token_ids))
 
     def gaps(self, instance: SimulatedInstance, gaps_s: npt.NDArray[np.float64], sequences: int) -> None:
@@ -166,6 +168,7 @@ class Cluster:
         source = self.instances.get(source_id)
         sequence = None if source is None else source.core.scheduler.sequences.get(request_id)
         self.router.moved(request_id, target_id, epoch, output_tokens=0 if sequence is None else sequence.output_tokens)
+        self.views.report(target_id)
         self.evacuations.changed(target_id)
 
     def migration_ended(
@@ -179,6 +182,7 @@ class Cluster:
         stood_still_s: float,
     ) -> None:
         """A migration is over at its source."""
+        self.views.report(migration.source)
         self._measurements.migration_ended(
             migration,
             moved=moved,

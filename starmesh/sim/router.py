@@ -8,6 +8,7 @@ is prefilled anew, and one that has begun is never turned away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ from starmesh.sim.workload import SimulatedRequest
 from starmesh.types import ClusterView, InstanceState, RemainingEstimate, Role, SamplingParams, SequenceSpec
 
 LOOK_S = 0.2
-"""How often a router that has requests waiting looks for room (live: ``view_interval_s``)."""
+"""How often a router looks at the ledger, and whether there is room for those that wait (live: ``view_interval_s``)."""
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
 """How soon a request whose handoff was refused is placed again, and what that doubles to with each time (live:
@@ -158,7 +159,7 @@ class Router:
         flight.decode_id, flight.epoch = target_id, epoch
         flight.output_tokens = max(flight.output_tokens, output_tokens)
         flight.outcome.migrations += 1
-        (target,) = (each for each in self.views.of((Role.DECODE,)).instances if each.info.instance_id == target_id)
+        (target,) = (each for each in self.views.routed((Role.DECODE,)).instances if each.info.instance_id == target_id)
         self.views.place(request_id, target_id, Room(target, self.config.admission).reserve_tokens(flight.need))
 
     def preempted(self, request_id: str) -> None:
@@ -194,7 +195,11 @@ class Router:
         if not queue.push(Waiting(flight.request.request_id, give_up_s), self.loop.now_s):
             self._refuse(flight)
         elif self._look is None:
-            self._look = self.loop.after(LOOK_S, self._look_for_room)
+            self._look = self._at_next_look()
+
+    def _at_next_look(self) -> Event:
+        """The views know of it then."""
+        return self.loop.at((math.floor(self.loop.now_s / LOOK_S + 1e-9) + 1) * LOOK_S, self._look_for_room)
 
     def _look_for_room(self) -> None:
         self._look = None
@@ -209,14 +214,14 @@ class Router:
             if len(queue):
                 break
         if self.waiting_requests and self._look is None:
-            self._look = self.loop.after(LOOK_S, self._look_for_room)
+            self._look = self._at_next_look()
 
     def _place(self, flight: Flight) -> bool:
         """Dispatch and begin the prefill. Returns False when there is no place now."""
         # Only the first of those that wait comes here.
         flight.first_s = self.loop.now_s if flight.first_s is None else flight.first_s
         held_s = self.loop.now_s - flight.first_s
-        view = self.views.of(_BOTH)
+        view = self.views.routed(_BOTH)
         excluded = self._excluded(flight, view)
         request = DispatchRequest(flight.request.request_id, flight.need, excluded, held_s=held_s)
         decision, self._memory = self.policy.choose(view, request, self._memory, self._dispatch)
@@ -253,7 +258,7 @@ class Router:
 
     def _choose_decode(self, flight: Flight, *, placed_id: str) -> bool:
         request_id = flight.request.request_id
-        view = self.views.of((Role.DECODE,), without=request_id)
+        view = self.views.routed((Role.DECODE,), without=request_id)
         excluded = self._excluded(flight, view)
         request = DispatchRequest(request_id, flight.need, excluded, flight.estimate, placed_id)
         decision, self._memory = self.policy.choose_decode(

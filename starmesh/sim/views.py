@@ -1,13 +1,15 @@
 """What the router, the rescheduler and the instances know of the cluster: reports, as old as they are live.
 
 Owns the reports, what is reserved beyond them, and the predictions that they carry. An instance's report is made when
-somebody looks and the last one is older than the interval: nobody can tell the difference, and a cluster that nobody
-looks at costs nothing. Owns no decision.
+it is asked for, or when somebody looks and the last one is older than the interval: a cluster that nobody looks at
+costs nothing. The rescheduler and the instances read the last reports; the router goes by those that there were when
+it last looked, and adds its own requests since. Owns no decision.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -29,14 +31,20 @@ _FOREVER_S = float("inf")
 
 @dataclass(slots=True)
 class _Reported:
-    """One instance: its last report, and what the router has placed there since. ``view`` is made anew after either
-    has changed."""
+    """One instance: its last report, the last one that a router's look before that of ``look`` may have found, and what
+    the router has placed there that it has found in none. ``view`` and ``routed`` are made anew after any of them has
+    changed, ``routed`` also at the next look."""
 
     instance: SimulatedInstance
     load: InstanceLoad
     reported_at_s: float
+    look: int
+    former_load: InstanceLoad
+    former_at_s: float = -math.inf
     pending: dict[str, Reservation] = field(default_factory=dict)
     view: InstanceView | None = None
+    routed: InstanceView | None = None
+    routed_look: int = -1
     request_ids: tuple[str, ...] = ()
     facts: Integers | None = None
 
@@ -53,6 +61,7 @@ class Views:
         loop: EventLoop,
         *,
         report_interval_s: float,
+        look_interval_s: float,
         block_tokens: int,
         predictor: SimulatedPredictor | None,
         facts_of: Callable[[str], tuple[int, int, int]],
@@ -61,6 +70,7 @@ class Views:
         self.block_tokens = block_tokens
         self._loop = loop
         self._interval_s = report_interval_s
+        self._look_s = look_interval_s
         self._predictor = predictor
         self._facts_of = facts_of
         self._migrations_of = migrations_of
@@ -70,7 +80,8 @@ class Views:
 
     def add(self, instance: SimulatedInstance) -> None:
         """An instance registers, and reports at once."""
-        known = _Reported(instance, InstanceLoad(0, 0), self._loop.now_s)
+        empty = InstanceLoad(0, 0)
+        known = _Reported(instance, empty, self._loop.now_s, self._look, empty)
         self._known[instance.info.instance_id] = known
         self._known = dict(sorted(self._known.items()))
         self._of_roles.clear()
@@ -86,21 +97,51 @@ class Views:
         known = self._known.get(instance_id)
         if known is not None:
             known.pending[request_id] = Reservation(request_id, instance_id, tokens, _FOREVER_S)
-            known.view = None
+            known.view = known.routed = None
 
     def release(self, request_id: str, instance_id: str | None) -> None:
         """Count it no more."""
         known = self._known.get(instance_id or "")
         if known is not None and known.pending.pop(request_id, None) is not None:
-            known.view = None
+            known.view = known.routed = None
+
+    def report(self, instance_id: str) -> None:
+        """An instance reports at once and not at the end of its interval, as it does live when a sequence has ended
+        there or has moved."""
+        known = self._known.get(instance_id)
+        if known is not None:
+            self._report([known])
 
     def states_changed(self) -> None:
         """Some instance has another state than before."""
         for known in self._known.values():
-            known.view = None
+            known.view = known.routed = None
 
-    def of(self, roles: Iterable[Role], *, without: str = "") -> ClusterView:
-        """The instances of these roles, ordered by id; reservations of the request ``without`` left out."""
+    def of(self, roles: Iterable[Role]) -> ClusterView:
+        """The instances of these roles as the ledger has them, ordered by id."""
+        views = tuple(each.view or _view(each) for each in self._reported(roles))
+        return ClusterView(self._loop.now_s, views)
+
+    def routed(self, roles: Iterable[Role], *, without: str = "") -> ClusterView:
+        """The same as the router has them; reservations of the request ``without`` left out."""
+        known, look = self._reported(roles), self._look
+        views = [
+            each.routed if each.routed is not None and each.routed_look == look else self._routed(each, look)
+            for each in known
+        ]
+        if without:
+            for at, each in enumerate(known):
+                if without in each.pending:
+                    views[at] = _without(views[at], without)
+        return ClusterView(self._loop.now_s, tuple(views))
+
+    @property
+    def _look(self) -> int:
+        """The number of the router's last look; a moment's own look comes before all else that happens then."""
+        return int(self._loop.now_s / self._look_s + 1e-9)
+
+    def _reported(self, roles: Iterable[Role]) -> list[_Reported]:
+        """The instances of these roles, none with a report older than the interval."""
         wanted = frozenset(roles)
         known = self._of_roles.get(wanted)
         if known is None:
@@ -110,12 +151,19 @@ class Views:
         due = [each for each in known if now_s - each.reported_at_s >= interval_s]
         if due:
             self._report(due)
-        views = [each.view or _view(each) for each in known]
-        if without:
-            for at, each in enumerate(known):
-                if without in each.pending:
-                    views[at] = _without(views[at], without)
-        return ClusterView(now_s, tuple(views))
+        return known
+
+    def _routed(self, known: _Reported, look: int) -> InstanceView:
+        load, reported_at_s = known.load, known.reported_at_s
+        # One that is older than live ones ever are is no likeness of what a look would have found.
+        if known.look >= look and self._loop.now_s - known.former_at_s <= self._interval_s + self._look_s:
+            load, reported_at_s = known.former_load, known.former_at_s
+        if known.pending:
+            here = frozenset(SequenceLoads.of(load.sequences).request_ids)
+            known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
+        known.routed = InstanceView(known.instance.info, load, reported_at_s, tuple(known.pending.values()))
+        known.routed_look = look
+        return known.routed
 
     def load_now(self, instance_id: str) -> InstanceLoad:
         """An instance's own load with what is predicted of it, as of now."""
@@ -133,6 +181,7 @@ class Views:
 
     def _report(self, reporting: list[_Reported]) -> None:
         """These instances report. Together: one question to the predictor costs little more than for one of them."""
+        look = self._look
         loads = [known.instance.load() for known in reporting]
         sequences = [SequenceLoads.of(load.sequences) for load in loads]
         predicted = self._predicted(reporting, sequences)
@@ -142,10 +191,10 @@ class Views:
                 load = dataclasses.replace(
                     load, outgoing_migrations=outgoing, incoming_migrations=incoming, sequences=listed
                 )
-            if known.pending:
-                here = frozenset(listed.request_ids)
-                known.pending = {name: kept for name, kept in known.pending.items() if name not in here}
-            known.load, known.reported_at_s, known.view = load, self._loop.now_s, None
+            if known.look < look:
+                known.former_load, known.former_at_s = known.load, known.reported_at_s
+            known.load, known.reported_at_s, known.look = load, self._loop.now_s, look
+            known.view = known.routed = None
 
     def _predicted(self, reporting: list[_Reported], sequences: list[SequenceLoads]) -> list[SequenceLoads]:
         """The same sequences with estimates, where there is a predictor and they decode."""
@@ -181,7 +230,10 @@ class Views:
 
 
 def _view(known: _Reported) -> InstanceView:
-    known.view = InstanceView(known.instance.info, known.load, known.reported_at_s, tuple(known.pending.values()))
+    # The ledger drops a reservation with the report that includes the request.
+    here = frozenset(SequenceLoads.of(known.load.sequences).request_ids) if known.pending else frozenset()
+    reservations = tuple(kept for name, kept in known.pending.items() if name not in here)
+    known.view = InstanceView(known.instance.info, known.load, known.reported_at_s, reservations)
     return known.view
 
 
