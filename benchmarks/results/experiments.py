@@ -100,6 +100,13 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(runs((*STATIC, "current_load", *PREDICTION), (0.12, 0.14), profile=edge, shadow_s=400.0)),
         ),
         Experiment(
+            "overload",
+            "The same memory, past what it holds",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(runs((*STATIC, *pair), (0.17,), profile=edge, shadow_s=400.0)),
+        ),
+        Experiment(
             "load",
             "1 prefill and 3 decode instances, from light load to past saturation",
             "requests per second for each decode instance",
