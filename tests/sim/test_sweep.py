@@ -107,6 +107,9 @@ INTERRUPTED = """
 from starmesh.sim.sweep import run_all
 from tests.sim.test_sweep import CONFIGS, forever
 if __name__ == "__main__":
+    import signal
+    # Whatever started the tests may have it ignored, as a shell has for its background jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     said = set()
     def tell(progress):
         # Workers that report have begun.
@@ -133,8 +136,12 @@ def test_ctrl_c_ends_the_processes_without_noise(tmp_path: Path) -> None:
         start_new_session=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "begun\n"
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.stdout.read() == "left: []\n"
-        assert process.stderr.read() == ""
+        try:
+            assert process.stdout.readline() == "begun\n"
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.stdout.read() == "left: []\n"
+            assert process.stderr.read() == ""
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0
