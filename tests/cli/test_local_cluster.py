@@ -165,7 +165,13 @@ class TestRunningCluster:
         with output.open("wb") as stdout:
             flags = ("--max-output-tokens", "1900", "--ignore-eos", "--temperature", "0")
             command = starmesh("generate", "Hello", *flags, "--address", up.address)
-            process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE)
+            # What a shell runs in the background ignores Ctrl-C, and so would all that the tests start.
+            process = subprocess.Popen(
+                command,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other thread forks
+            )
         until(lambda: output.stat().st_size, "the first text")
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=TIMEOUT_S)
