@@ -12,7 +12,7 @@ from starmesh.sim.report.table import number
 from starmesh.sim.result import SimulationResult
 
 BASELINE = "least_tokens"
-"""What changes are told against: the strongest static dispatch."""
+"""What changes are told against: static dispatch by current load."""
 
 _METRICS = ("tpot_mean", "tpot_p99", "ttft_p99")
 _COUNTS = ("preemptions", "migrations_per_request", "failed_moves")
