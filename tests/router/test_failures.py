@@ -115,7 +115,10 @@ async def test_the_only_decode_instance_dies_and_another_comes(mesh: Mesh) -> No
     await mesh.start()
     mesh.decodes[0].pause_after = 5
     call = asyncio.create_task(collect(mesh.generate()))
-    await until(lambda: mesh.decodes[0].sequences)
+    await until(lambda: mesh.process.router._entries)
+    flight = next(iter(mesh.process.router._entries.values())).flight
+    # All that comes before the pause: what it goes on from, with one more from its second prefill.
+    await until(lambda: len(flight.stream.token_ids) == 5)
     await mesh.decodes[0].kill()
     await until(lambda: mesh.process.dispatcher.queued_requests == 1)
     await mesh.add_decode()
