@@ -22,10 +22,14 @@ class AdmissionConfig:
     long its answer will be, and reserving all that it may generate would leave most of the memory unused. A longer
     answer grows into what is free. ``watermark`` is the part of an instance's blocks that is kept for such growth of
     the sequences already there: each request admitted below it would soon cost one of them a preemption.
+
+    ``admit_all`` gives a decode instance all that would fit it if it were empty, and has it wait there, as a P/D set-up
+    does whose proxy knows nothing of memory. For comparisons.
     """
 
     headroom_tokens: int = 256
     watermark: float = 0.02
+    admit_all: bool = False
 
     def __post_init__(self) -> None:
         if self.headroom_tokens < 0 or not 0 <= self.watermark < 1:
@@ -78,7 +82,10 @@ class Room:
 
     def has_room(self, need: Need) -> bool:
         """Whether it holds ``reserve_tokens`` beside what is reserved and what its sequences still lack, and stays
-        above the watermark; an idle instance need not."""
+        above the watermark; an idle instance need not. With ``admit_all`` a decode instance has room for all that
+        fits."""
+        if self.config.admit_all and self.instance.info.role is not Role.PREFILL:
+            return self.fits(need)
         kept = 0 if self._idle else int(self.limit_tokens * self.config.watermark)
         return self.reserve_tokens(need) <= self.free_tokens - kept
 

@@ -46,13 +46,16 @@ class Strategy:
     """How requests are placed and moved: names of policies, and what is known of the future.
 
     ``dispatch`` and ``rescheduling`` are names in the registries of ``policy``; ``predictor`` is one in ``predictors``.
-    ``perfect_balance`` asks for the bound instead: all instances as one that shares its load without rest.
+    ``admit_all`` places a request at once, whatever memory is free: what finds none waits, once it is prefilled, at the
+    decode instance that was chosen for it, first come first served. ``perfect_balance`` asks for the bound instead: all
+    instances as one that shares its load without rest.
     """
 
     name: str
     dispatch: str = "least_tokens"
     rescheduling: str = "none"
     predictor: str = "none"
+    admit_all: bool = False
     perfect_balance: bool = False
 
 

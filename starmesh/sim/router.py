@@ -8,6 +8,7 @@ is prefilled anew, and one that has begun is never turned away.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from starmesh.sim.owners import Owners
 from starmesh.sim.predictors import SimulatedPredictor
 from starmesh.sim.token_count import TokenCount
 from starmesh.sim.views import Views
+from starmesh.sim.waiting_lines import WaitingLines
 from starmesh.sim.workload import SimulatedRequest
 from starmesh.types import ClusterView, InstanceState, RemainingEstimate, Role, SamplingParams, SequenceSpec
 
@@ -103,11 +105,15 @@ class Router:
     _started: AdmissionQueue = field(init=False)
     _look: Event | None = None
     _dispatch: DispatchConfig = field(init=False)
+    _lines: WaitingLines[Flight] | None = None
 
     def __post_init__(self) -> None:
         self._queue = AdmissionQueue(self.config.queue_length)
         self._started = AdmissionQueue(1 << 30)
-        self._dispatch = DispatchConfig(admission=self.config.admission)
+        admit_all = self.config.strategy.admit_all
+        self._dispatch = DispatchConfig(admission=dataclasses.replace(self.config.admission, admit_all=admit_all))
+        if admit_all:
+            self._lines = WaitingLines(self._hand_over)
 
     @property
     def waiting_requests(self) -> int:
@@ -171,6 +177,8 @@ class Router:
     def lost(self, instance_id: str, tokens: dict[str, int]) -> None:
         """An instance has died; ``tokens`` says how many output tokens it had made of each sequence. Everything that
         was there is begun again elsewhere, prompt and output so far."""
+        if self._lines is not None:
+            self._lines.freed(instance_id)  # whoever waits there is to learn that it is gone
         for flight in list(self.flights.values()):
             request_id = flight.request.request_id
             if flight.decoding:
@@ -279,7 +287,13 @@ class Router:
         return True
 
     def _decode(self, flight: Flight) -> None:
-        """Hand the sequence to its decode instance."""
+        """Hand the sequence to its decode instance, or have it wait there."""
+        if self._lines is None:
+            self._hand_over(flight)
+        else:
+            self._lines.join(flight.decode_id or "", flight)
+
+    def _hand_over(self, flight: Flight) -> None:
         assert flight.prefill_id is not None and flight.decode_id is not None
         epoch = flight.epoch
 
@@ -287,11 +301,18 @@ class Router:
             if flight.epoch != epoch or flight.request.request_id not in self.flights:
                 return
             flight.handoff = None
+            decode_id = flight.decode_id or ""
             if done:
                 flight.decoding = True
-                self.took_over(flight.decode_id or "")
+                if self._lines is not None:
+                    self._lines.taken(decode_id)
+                self.took_over(decode_id)
+            elif self._lines is not None and self._ready(decode_id):
+                self._lines.refused(decode_id)
             else:
-                flight.avoid |= {flight.decode_id or ""}
+                if self._lines is not None:
+                    self._lines.leave(decode_id, flight)
+                flight.avoid |= {decode_id}
                 delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2**flight.refusals)
                 flight.refusals += 1
                 self.loop.after(delay_s, lambda: self._decode_elsewhere(flight, epoch))
@@ -301,13 +322,17 @@ class Router:
     def _decode_elsewhere(self, flight: Flight, epoch: int) -> None:
         if flight.epoch != epoch or flight.request.request_id not in self.flights:
             return
-        if self.loop.now_s >= flight.lease_ends_s:
+        if self._lines is None and self.loop.now_s >= flight.lease_ends_s:
             self._recover(flight, recovered=False)
         elif self._choose_decode(flight, placed_id=""):
             self._decode(flight)
         else:
             flight.avoid = frozenset()
             self.loop.after(LOOK_S, lambda: self._decode_elsewhere(flight, epoch))
+
+    def _ready(self, instance_id: str) -> bool:
+        instance = self.instances.get(instance_id)
+        return instance is not None and instance.alive and instance.info.state is InstanceState.READY
 
     def _excluded(self, flight: Flight, view: ClusterView) -> frozenset[str]:
         """The decode instances that have refused it, unless there are no others."""
@@ -334,6 +359,10 @@ class Router:
         if flight.handoff is not None:
             flight.handoff.cancel()
             flight.handoff = None
+        if self._lines is not None and flight.decode_id is not None:
+            self._lines.leave(flight.decode_id, flight)
+            if flight.decoding:
+                self._lines.freed(flight.decode_id)
         for instance_id in (flight.prefill_id, flight.decode_id):
             self.views.release(request_id, instance_id)
             instance = self.instances.get(instance_id or "")

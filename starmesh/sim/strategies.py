@@ -1,8 +1,9 @@
 """The combinations of policies that are compared, by name.
 
-Owns the names. The policies are the live ones; what each predictor knows is ``predictors``'. The first four place a
-request once and leave it there, as vLLM's P/D set-ups do: what is full preempts and recomputes. The others move running
-requests, and then instances also relieve themselves before they would preempt, as they do live.
+Owns the names. The policies are the live ones; what each predictor knows is ``predictors``'. The first six place a
+request once and leave it there: what is full preempts and recomputes. ``vllm_round_robin`` and ``vllm_least_tokens`` do
+so as vLLM's P/D set-ups do, without regard to memory; the others wait in the router for room, as all do live. Those
+after them move running requests, and then instances also relieve themselves before they would preempt, as they do live.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         strategy.name: strategy
         for strategy in (
+            Strategy(name="vllm_round_robin", dispatch="round_robin", admit_all=True),
+            Strategy(name="vllm_least_tokens", dispatch="least_tokens", admit_all=True),
             Strategy(name="round_robin", dispatch="round_robin"),
             Strategy(name="least_requests", dispatch="least_requests"),
             Strategy(name="least_tokens", dispatch="least_tokens"),

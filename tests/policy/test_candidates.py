@@ -22,7 +22,10 @@ Layouts = set[KvLayout | None] | None
 configs = st.builds(
     DispatchConfig,
     admission=st.builds(
-        AdmissionConfig, headroom_tokens=st.sampled_from([0, 1, 64, 256]), watermark=st.sampled_from([0.0, 0.1, 0.5])
+        AdmissionConfig,
+        headroom_tokens=st.sampled_from([0, 1, 64, 256]),
+        watermark=st.sampled_from([0.0, 0.1, 0.5]),
+        admit_all=st.booleans(),
     ),
     stale_after_s=st.sampled_from([0.5, 5.0]),
     max_waiting_sequences=st.integers(0, 4),
@@ -62,7 +65,8 @@ def reason_against(
         return SkipReason.LAYOUT_MISMATCH
     if not room.fits(request.need):
         return SkipReason.TOO_LONG
-    if waiting(one) >= config.max_waiting_sequences:
+    admit_all = config.admission.admit_all and info.role is not Role.PREFILL
+    if waiting(one) >= config.max_waiting_sequences and not admit_all:
         return SkipReason.QUEUE
     return None if room.has_room(request.need) else SkipReason.NO_BLOCKS
 

@@ -73,7 +73,7 @@ def test_every_strategy_runs(name: str) -> None:
 @settings(max_examples=8)
 @given(
     seed=st.integers(0, 1000),
-    strategy=st.sampled_from(["least_tokens", "current_load", "star_plus_oracle"]),
+    strategy=st.sampled_from(["vllm_round_robin", "least_tokens", "current_load", "star_plus_oracle"]),
     strikes=st.lists(
         st.tuples(
             st.floats(0.5, 12.0), st.sampled_from(FaultKind), st.sampled_from(["decode-0", "decode-1", "decode-9"])

@@ -52,6 +52,7 @@ def find_candidates(
     now_s, need, watermark = view.now_s, request.need, config.admission.watermark
     excluded, stale_after_s, max_waiting = request.excluded, config.stale_after_s, config.max_waiting_sequences
     least_tokens = most_tokens = need.tokens
+    admit_all = config.admission.admit_all and role is not Role.PREFILL
     if role is not Role.PREFILL:
         least_tokens += 1
         most_tokens = least_tokens + max(0, min(need.remaining_output_tokens - 1, config.admission.headroom_tokens))
@@ -91,9 +92,11 @@ def find_candidates(
             if least_tokens > limit_tokens or (longest_tokens and least_tokens > longest_tokens):
                 reason = SkipReason.TOO_LONG
             # Those that wait there, or will: those beyond what it runs at once.
-            elif waiting >= max_waiting or (max_sequences and requests - max_sequences >= max_waiting):
+            elif not admit_all and (
+                waiting >= max_waiting or (max_sequences and requests - max_sequences >= max_waiting)
+            ):
                 reason = SkipReason.QUEUE
-            elif min(-(-most_tokens // block_tokens) * block_tokens, limit_tokens) > free_tokens:
+            elif not admit_all and min(-(-most_tokens // block_tokens) * block_tokens, limit_tokens) > free_tokens:
                 reason = SkipReason.NO_BLOCKS
             else:
                 candidates.append(Candidate(instance, tokens, requests, reserved_tokens))
