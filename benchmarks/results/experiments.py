@@ -1,7 +1,7 @@
 """What is simulated for docs/results.md. Owns the set-ups; runs nothing.
 
 Loads are requests per second for each decode instance. With the paper's mix an h100-7b instance, whose memory holds
-about 74 of its requests on average, is full at 0.245.
+about 74 of its requests on average, is full at 0.245, and one of ``EDGE_TOKENS`` at 0.149.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ SHADOW_S = 900.0
 EDGE_TOKENS = 240_000
 """KV memory at the edge: 19 requests of the mix on average, and at most 7 of its longest."""
 
+VLLM = ("vllm_round_robin", "vllm_least_tokens")
+"""Static placement as the paper's baselines have it: nothing is held back for want of memory."""
+
 STATIC = ("round_robin", "least_tokens")
+"""Static placement behind our admission, which is kinder to it."""
+
 PREDICTION = ("star_plus_unpredicted", "star_plus", "star_plus_oracle", "star_peak")
 """What differs between them is what is known of remaining lengths, and for ``star_peak`` dispatch."""
 
@@ -93,25 +98,25 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
     edge = h100.with_memory(EDGE_TOKENS)
     return (
         Experiment(
-            "memory",
-            "240,000 tokens of KV memory, around what it holds",
+            "edge",
+            "240,000 tokens of KV memory, from light load to past what it holds",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, "current_load", *PREDICTION), (0.12, 0.14), profile=edge, shadow_s=400.0)),
+            tuple(runs((*VLLM, *STATIC, *pair), (0.06, 0.1, 0.12, 0.14, 0.17, 0.2), profile=edge, shadow_s=400.0)),
         ),
         Experiment(
-            "overload",
-            "The same memory, past what it holds",
+            "prediction",
+            "The same, by what is known of remaining lengths",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, *pair), (0.17,), profile=edge, shadow_s=400.0)),
+            tuple(runs(("current_load", *PREDICTION), (0.12, 0.14, 0.17), profile=edge, shadow_s=400.0)),
         ),
         Experiment(
             "load",
-            "1 prefill and 3 decode instances, from light load to past saturation",
+            "All of an 80 GB card's memory, from light load to past saturation",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, *pair, BOUND), (0.1, 0.25, 0.3))),
+            tuple(runs((VLLM[0], *STATIC, *pair, BOUND), (0.1, 0.25, 0.3), shadow_s=400.0)),
         ),
         Experiment(
             "small_memory",
@@ -120,7 +125,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             rate_per_instance,
             tuple(
                 dataclasses.replace(config, slos=(Slo(10.0, 0.03), Slo(60.0, 0.05)))
-                for config in runs((*STATIC, *pair), (0.01, 0.014), profile=load_profile("rtx4090-7b"), time=4.0)
+                for config in runs((*VLLM, *STATIC, *pair), (0.01, 0.014), profile=load_profile("rtx4090-7b"), time=4.0)
             ),
         ),
         Experiment(
@@ -130,8 +135,8 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             lambda config: config.profile.link.bytes_per_s / 1e9,
             tuple(
                 config
-                for bytes_per_s in (0.125e9, 1.25e9)
-                for config in runs(pair, (0.14,), profile=edge.with_link(bytes_per_s=bytes_per_s), shadow_s=400.0)
+                for profile in (edge.with_link(bytes_per_s=0.125e9), edge.with_link(bytes_per_s=1.25e9), edge)
+                for config in runs(pair, (0.14,), profile=profile, shadow_s=400.0)
             ),
         ),
         Experiment(
@@ -141,10 +146,8 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             lambda config: round(h100.cost.prefill_token_s / config.profile.cost.prefill_token_s, 3),
             tuple(
                 config
-                for factor in (0.25, 4.0)
-                for config in runs(
-                    ("least_tokens", *pair), (0.14,), profile=edge.with_recompute_speed(factor), shadow_s=400.0
-                )
+                for profile in (edge.with_recompute_speed(0.25), edge, edge.with_recompute_speed(4.0))
+                for config in runs(("least_tokens", *pair), (0.14,), profile=profile, shadow_s=400.0)
             ),
         ),
         Experiment(
@@ -166,7 +169,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             lambda config: config.round_interval_s,
             tuple(
                 config
-                for interval_s in (0.1, 10.0, 120.0)
+                for interval_s in (0.1, 1.0, 10.0, 120.0)
                 for config in runs(pair, (0.14,), profile=edge, shadow_s=400.0, round_interval_s=interval_s)
             ),
         ),
@@ -175,21 +178,30 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             "16 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((*STATIC, *pair), (0.25,), decode=16)),
+            tuple(runs((VLLM[0], "least_tokens", *pair), (0.14,), decode=16, profile=edge, shadow_s=400.0)),
         ),
         Experiment(
             "size64",
             "64 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs(("least_tokens", *pair), (0.25,), decode=64, seeds=few)),
+            tuple(runs((VLLM[0], "least_tokens", *pair), (0.14,), decode=64, profile=edge, shadow_s=400.0, seeds=few)),
         ),
         Experiment(
             "size256",
             "256 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs(("least_tokens", *pair), (0.25,), decode=256, seeds=(0,))),
+            tuple(
+                runs(
+                    (VLLM[0], "least_tokens", "star_plus"),
+                    (0.14,),
+                    decode=256,
+                    profile=edge,
+                    shadow_s=400.0,
+                    seeds=(0,),
+                )
+            ),
         ),
     )
 

@@ -11,8 +11,8 @@ from starmesh.sim.report.summary import METRICS, Cell, Metric, Summary, goodput_
 from starmesh.sim.report.table import number
 from starmesh.sim.result import SimulationResult
 
-BASELINE = "least_tokens"
-"""What changes are told against: static dispatch by current load."""
+BASELINES = ("vllm_round_robin", "least_tokens")
+"""What changes are told against: the paper's baseline, and static dispatch by current load behind our admission."""
 
 _METRICS = ("tpot_mean", "tpot_p99", "ttft_p99")
 _COUNTS = ("preemptions", "migrations_per_request", "failed_moves")
@@ -29,15 +29,18 @@ def summary_of(experiment: Experiment, results: list[SimulationResult]) -> Summa
 
 def markdown(experiment: Experiment, summary: Summary) -> str:
     """A table with a row for each place and strategy, 95 % intervals over seeds; beside P99 TPOT how it compares with
-    the baseline's, seed by seed."""
+    the baselines', seed by seed, and beside goodput the ratio of the means."""
     metrics: list[Metric] = [METRICS[name] for name in _METRICS]
     metrics += [goodput_metric(slo) for slo in summary.slos]
     metrics += [METRICS[name] for name in _COUNTS]
+    baselines = [name for name in BASELINES if name in summary.strategies]
     heads = [experiment.axis, "strategy"]
     for metric in metrics:
         heads.append(f"{metric.label}{', ' + metric.unit if metric.unit else ''}")
         if metric.name == "tpot_p99":
-            heads.append(f"to {BASELINE}'s")
+            heads += [f"to {baseline}'s" for baseline in baselines]
+        elif metric.name.startswith("goodput") and baselines:
+            heads.append(f"times {baselines[0]}'s")
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for load in summary.loads:
         label = "" if load is None else f"{load:g}"
@@ -49,17 +52,26 @@ def markdown(experiment: Experiment, summary: Summary) -> str:
             for metric in metrics:
                 row.append(number(cell.of(metric), metric))
                 if metric.name == "tpot_p99":
-                    row.append(_change(cell, summary.cell(BASELINE, load), metric))
+                    row += [_change(cell, summary.cell(baseline, load), metric) for baseline in baselines]
+                elif metric.name.startswith("goodput") and baselines:
+                    row.append(_times(cell, summary.cell(baselines[0], load), metric))
             lines.append("| " + " | ".join(row) + " |")
             label = ""
     return "\n".join(lines)
 
 
 def _change(cell: Cell, baseline: Cell | None, metric: Metric) -> str:
-    if baseline is None or cell.strategy == BASELINE:
+    if baseline is None or cell.strategy == baseline.strategy:
         return ""
     ratio = cell.ratio_to(baseline, metric)
     return f"{(ratio.mean - 1) * 100:+.1f} %"
+
+
+def _times(cell: Cell, baseline: Cell | None, metric: Metric) -> str:
+    """Of the means: one seed of a collapsed baseline may have no goodput at all."""
+    if baseline is None or cell.strategy == baseline.strategy or not baseline.of(metric).mean:
+        return ""
+    return f"{cell.of(metric).mean / baseline.of(metric).mean:.2f}"
 
 
 def plots(experiment: Experiment, summary: Summary, directory: Path) -> None:
