@@ -1,5 +1,5 @@
-"""Every span, span event, attribute and metric name, once. Attributes follow OpenTelemetry's GenAI conventions where
-they exist (``gen_ai.*``); the rest is ``starmesh.*``."""
+"""Every span, span event, attribute and metric name, once. Attributes follow OpenTelemetry's conventions where they
+exist (``gen_ai.*``, ``server.*``, ``error.type``); the rest is ``starmesh.*``. What has which: ``spans``."""
 
 # Spans, in the order of a request's life. One trace per request.
 SPAN_GENERATE = "starmesh.generate"  # router: receipt to last message
@@ -15,7 +15,11 @@ SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again e
 
 # A round of the rescheduler has a trace of its own; the migrations that it decides link to it.
 SPAN_ROUND = "starmesh.round"  # rescheduler: plan, confirm the lead, command
+SPAN_COMMAND = "starmesh.command"  # rescheduler, router: one migration commanded to its source, until its end is known
 SPAN_EVACUATION = "starmesh.evacuation"  # decode: moves that a drain or a shortage of blocks asks for
+
+# A forward of the predictor serves many requests: it is a trace of its own too, linked to theirs.
+SPAN_PREDICT = "starmesh.predict"
 
 # Events on spans.
 EVENT_FIRST_TOKEN = "first_token"  # noqa: S105 - not a password
@@ -34,8 +38,9 @@ POLICY = "starmesh.dispatch_policy"
 TRANSFER_BACKEND = "starmesh.transfer_backend"
 TRANSFER_BYTES = "starmesh.transfer_bytes"
 TRANSFER_BLOCKS = "starmesh.transfer_blocks"
-CACHED_TOKENS = "starmesh.cached_tokens"
+QUEUE_S = "starmesh.queue_s"
 RECOVERIES = "starmesh.recoveries"
+LOST_INSTANCE = "starmesh.lost_instance"
 MIGRATIONS = "starmesh.migrations"
 MIGRATION_REASON = "starmesh.migration_reason"
 MIGRATION_OUTCOME = "starmesh.migration_outcome"
@@ -48,11 +53,26 @@ INSTANCES = "starmesh.instances"
 SKIPPED = "starmesh.skipped"  # and a dot and the reason: how many instances or sequences
 SPREAD_BEFORE_TOKENS = "starmesh.spread_before_tokens"
 SPREAD_AFTER_TOKENS = "starmesh.spread_after_tokens"
-MODEL = "gen_ai.request.model"
+SAMPLES = "starmesh.samples"
+REQUESTS = "starmesh.requests"
 OPERATION = "gen_ai.operation.name"
-INPUT_TOKENS = "gen_ai.usage.input_tokens"
-OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+PROVIDER = "gen_ai.provider.name"
+MODEL = "gen_ai.request.model"
+MAX_TOKENS = "gen_ai.request.max_tokens"
+TEMPERATURE = "gen_ai.request.temperature"
+TOP_P = "gen_ai.request.top_p"
+TOP_K = "gen_ai.request.top_k"
+SEED = "gen_ai.request.seed"
+OUTPUT_TYPE = "gen_ai.output.type"
+RESPONSE_MODEL = "gen_ai.response.model"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
+TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+ERROR_TYPE = "error.type"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
 VERSION = "starmesh.version"
 KIND = "starmesh.kind"
 REASON = "starmesh.reason"

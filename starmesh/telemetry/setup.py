@@ -6,13 +6,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
 
 from opentelemetry import context, trace
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from starmesh.telemetry import names
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -48,23 +52,61 @@ def setup_tracing(service: str, instance_id: str) -> Callable[[], None]:
         exporter = ConsoleSpanExporter(out=sys.stderr)
     else:
         raise TelemetryConfigError(f"OTEL_TRACES_EXPORTER={name!r}: use otlp, console or none")
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over ours, as the standard says.
-    ours = Resource({"service.name": f"starmesh-{service}", "service.instance.id": instance_id})
-    provider = TracerProvider(
-        resource=ours.merge(Resource.create()) if _names_service() else Resource.create().merge(ours)
-    )
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider = make_provider(service, instance_id, exporter)
     trace.set_tracer_provider(provider)
     return provider.shutdown
 
 
-def _names_service() -> bool:
-    return "OTEL_SERVICE_NAME" in os.environ or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+def make_provider(service: str, instance_id: str, exporter: SpanExporter) -> TracerProvider:
+    """A provider that samples by OTEL_TRACES_SAMPLER, limits spans by OTEL_SPAN_*, sends to ``exporter`` in batches by
+    OTEL_BSP_*, and names the process by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which win over what we say."""
+    ours = Resource({"service.name": f"starmesh-{service}", "service.instance.id": instance_id})
+    provider = TracerProvider(resource=Resource.create().merge(ours).merge(OTELResourceDetector().detect()))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
 
 
 def tracer() -> trace.Tracer:
     """The tracer of this process."""
     return trace.get_tracer("starmesh")
+
+
+@contextmanager
+def span(
+    name: str,
+    parent: context.Context | None = None,
+    *,
+    kind: trace.SpanKind = trace.SpanKind.INTERNAL,
+    attributes: Mapping[str, str | int | float] | None = None,
+    links: list[trace.Link] | None = None,
+) -> Iterator[trace.Span]:
+    """The current span within the context, below ``parent`` or whatever is current. An error that leaves it is noted
+    by its class and no more: its message may repeat what a client sent."""
+    with tracer().start_as_current_span(
+        name,
+        parent,
+        kind=kind,
+        attributes=attributes,
+        links=links,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as opened:
+        try:
+            yield opened
+        except Exception as error:
+            note_failure(opened, _class_of(error))
+            raise
+
+
+def note_failure(failed: trace.Span, error_type: str) -> None:
+    """What a span stands for has failed; ``error_type`` is one of few: a status code or the name of an exception."""
+    failed.set_attribute(names.ERROR_TYPE, error_type)
+    failed.set_status(trace.Status(trace.StatusCode.ERROR, error_type))
+
+
+def _class_of(error: Exception) -> str:
+    code = getattr(error, "code", None)
+    return code.name if isinstance(code, Enum) else type(error).__qualname__
 
 
 def current_traceparent() -> str:
@@ -82,9 +124,23 @@ def traceparent_of(span: trace.Span) -> str:
 
 
 def links_to(traceparent: str) -> list[trace.Link]:
-    """A link to the span that a message named, for work that belongs to another trace; none for a malformed one."""
+    """A link to the span that a message named, for work that belongs to another trace; none for a malformed one, and
+    none to a trace that is not sampled: nobody could follow it."""
     linked = trace.get_current_span(context_of(traceparent)).get_span_context() if traceparent else None
-    return [trace.Link(linked)] if linked is not None and linked.is_valid else []
+    return [trace.Link(linked)] if linked is not None and linked.is_valid and linked.trace_flags.sampled else []
+
+
+def link_to(span: trace.Span, traceparent: str) -> None:
+    """Link a span that has begun to the one that a message named; nothing for a malformed one."""
+    if span.is_recording():
+        for link in links_to(traceparent):
+            span.add_link(link.context)
+
+
+def address_attributes(address: str) -> dict[str, str | int]:
+    """What a call to ``address``, HOST:PORT, goes to."""
+    host, _, port = address.rpartition(":")
+    return {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port)}
 
 
 def context_of(traceparent: str) -> context.Context:
@@ -93,5 +149,5 @@ def context_of(traceparent: str) -> context.Context:
 
 
 def context_of_call(metadata: Iterable[tuple[str, str | bytes]] | None) -> context.Context:
-    """The same from a call's metadata."""
+    """The same from a call's metadata, or from the headers of an HTTP request, in lower case."""
     return context_of(str(dict(metadata or ()).get("traceparent", "")))
