@@ -20,6 +20,7 @@ class Lead:
 
     def __init__(self, ledger: Ledger, instance_id: str, incarnation: str, *, ttl_s: float) -> None:
         self.term: int | None = None
+        self.instance_id = instance_id
         self._ledger = ledger
         self._who = (instance_id, incarnation)
         self._ttl_s = ttl_s

@@ -22,6 +22,7 @@ from services.rescheduler.commander import Commander, Order
 from services.rescheduler.ending import Ending, Outcome
 from services.rescheduler.lead import Lead
 from services.rescheduler.recorder import Recorder
+from services.rescheduler.shown_rounds import ShownRounds
 from starmesh.ledger import Ledger, LedgerError
 from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, plan
 from starmesh.policy.rescheduling.record import RecordedRound
@@ -54,6 +55,7 @@ class Rescheduler:
         self._interval_s = interval_s
         self._recorder = recorder
         self._commander = Commander(timeout_s=config.in_flight_timeout_s)
+        self._shown = ShownRounds(ledger, lead.instance_id)
         self._term: int | None = None
         self._ledger_answers = True
 
@@ -96,6 +98,7 @@ class Rescheduler:
             return None
         view = await self._ledger.view()
         for ending in self._commander.take_endings():
+            self._shown.ended(ending)
             self.memory = remembered(self.memory, ending, now_s=view.now_s, config=self._config)
         # A trace of its own: it belongs to none of the requests that it moves, and they link to it.
         with tracer().start_as_current_span(names.SPAN_ROUND, Context()) as span:
@@ -111,6 +114,7 @@ class Rescheduler:
             self.memory = decided.memory
             await self._commander.retain((entry.migration for entry in self.memory.in_flight), view)
             self._issue(view, decided, term, traceparent_of(span))
+        await self._shown.add(term, view, decided)
         return decided
 
     async def _enter(self, term: int | None) -> None:
@@ -119,6 +123,8 @@ class Rescheduler:
             self._term = term
             self.memory = PlanMemory()
             await self._commander.abandon()
+            if term is not None:
+                await self._shown.go_on()
 
     async def _plan(self, view: ClusterView) -> Plan:
         sequences = sum(len(found.load.sequences) for found in view.instances if found.load is not None)

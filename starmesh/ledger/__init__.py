@@ -5,9 +5,11 @@ This file is the port. ``memory`` and ``redis`` implement it; one conformance su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol
 
+from starmesh.rounds import RoundSummary
 from starmesh.types import ClusterView, InstanceInfo, InstanceLoad, InstanceState, Leadership, Ownership, Role
 
 
@@ -135,6 +137,14 @@ class Ledger(Protocol):
 
     async def leader(self, role: Role) -> Leadership | None:
         """Who leads the role now."""
+        ...
+
+    async def publish_rounds(self, rounds: Sequence[RoundSummary], *, ttl_s: float) -> None:
+        """Show these rounds of rescheduling, newest first, instead of those shown until now; for ``ttl_s``."""
+        ...
+
+    async def rounds(self) -> tuple[RoundSummary, ...]:
+        """The rounds shown last; none after their time."""
         ...
 
     async def close(self) -> None:

@@ -1,21 +1,23 @@
 """The documents of the ledger's store: versioned JSON with a strict schema.
 
-Owns how registrations, loads, reservations and ownerships are written and read. A document of another version, with
-a field missing, unknown or of the wrong type, raises InvalidDocument: during an upgrade an old process must not act
-on half of what a new one said.
+Owns how registrations, loads, reservations, ownerships and shown rounds are written and read. A document of another
+version, with a field missing, unknown or of the wrong type, raises InvalidDocument: during an upgrade an old process
+must not act on half of what a new one said.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from starmesh.ledger import InvalidDocument
 from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES, MAX_TRANSFER_BACKENDS
+from starmesh.policy.rescheduling.plain import NotPlain, from_plain, to_plain
+from starmesh.rounds import MAX_ROUNDS, RoundSummary
 from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.types import (
     InstanceInfo,
@@ -161,6 +163,22 @@ def decode_ownership(document: bytes) -> Ownership:
     if not instance_id:
         _refuse("ownership: not an epoch and an instance id")
     return Ownership(instance_id=instance_id, epoch=decode_count(epoch, "ownership: epoch"))
+
+
+def encode_rounds(rounds: Sequence[RoundSummary]) -> str:
+    """Write rounds that are shown."""
+    return _dump({"version": VERSION, "rounds": to_plain(tuple(rounds))})
+
+
+def decode_rounds(document: bytes) -> tuple[RoundSummary, ...]:
+    """Read rounds that are shown. Raises InvalidDocument."""
+    fields = _Fields(_load(document), "rounds")
+    rows = fields.array("rounds", limit=MAX_ROUNDS)
+    fields.end()
+    try:
+        return tuple(from_plain(RoundSummary, row, f"rounds[{place}]") for place, row in enumerate(rows))
+    except NotPlain as error:
+        _refuse(str(error))
 
 
 def decode_count(text: str | bytes, what: str) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
+from starmesh.rounds import MAX_MOVES, MAX_REASONS, MAX_ROUNDS, MAX_TEXT, RoundSummary
 from starmesh.types import MAX_REQUEST_ID_LENGTH, InstanceInfo, InstanceLoad, Ownership
 
 MAX_SEQUENCES = 4096
@@ -87,6 +89,30 @@ def check_load(load: InstanceLoad) -> None:
         _check_counts(item.epoch, item.prompt_tokens, item.output_tokens, item.resident_tokens, item.max_output_tokens)
         predicted = (item.remaining_tokens, item.remaining_tokens_upper, item.prediction_age_tokens)
         _check_counts(*(count for count in predicted if count is not None))
+
+
+def check_rounds(rounds: Sequence[RoundSummary]) -> None:
+    """Demand rounds that every process can read back, within the bounds of ``starmesh.rounds``."""
+    if len(rounds) > MAX_ROUNDS:
+        raise ValueError(f"at most {MAX_ROUNDS} rounds are shown, not {len(rounds)}")
+    for shown in rounds:
+        reasons = (shown.skipped_instances, shown.skipped_sequences)
+        if len(shown.moves) > MAX_MOVES or max(map(len, reasons)) > MAX_REASONS:
+            raise ValueError(f"a round lists at most {MAX_MOVES} moves and {MAX_REASONS} reasons")
+        texts = (shown.policy, *(move.words for move in shown.moves), *(text for known in reasons for text in known))
+        if max(map(len, texts)) > MAX_TEXT:
+            raise ValueError(f"a text of a round has at most {MAX_TEXT} characters")
+        check_ids(shown.leader)
+        _check_counts(shown.term, shown.rounds, shown.instances, shown.planned_moves)
+        _check_counts(*(count for known in reasons for count in known.values()))
+        numbers = [shown.first_s, shown.last_s, shown.spread_before_tokens, shown.spread_after_tokens]
+        for move in shown.moves:
+            migration = move.migration
+            check_ids(migration.request_id, migration.source, migration.target)
+            check_epoch(migration.epoch)
+            numbers += [migration.gain_tokens, move.duration_s]
+        if not all(0 <= number < math.inf for number in numbers):
+            raise ValueError("times and tokens of a round are finite and not negative")
 
 
 def _check_counts(*counts: int) -> None:

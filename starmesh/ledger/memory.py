@@ -6,6 +6,7 @@ Every method is atomic because none awaits. Nothing expires by itself: what has 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starmesh.clock import Clock
@@ -17,8 +18,10 @@ from starmesh.ledger.limits import (
     check_info,
     check_load,
     check_reservation,
+    check_rounds,
     check_ttl,
 )
+from starmesh.rounds import RoundSummary
 from starmesh.types import (
     ClusterView,
     InstanceInfo,
@@ -56,6 +59,7 @@ class MemoryLedger:
         self._registrations: dict[str, _Registration] = {}
         self._owners: dict[str, tuple[Ownership, float]] = {}
         self._leads: dict[Role, _Lead] = {}
+        self._rounds: tuple[tuple[RoundSummary, ...], float] = ((), 0.0)
 
     async def register(self, info: InstanceInfo, *, ttl_s: float) -> None:
         check_info(info)
@@ -196,6 +200,15 @@ class MemoryLedger:
     async def leader(self, role: Role) -> Leadership | None:
         last = self._leads.get(role)
         return None if last is None or last.expires_at_s <= self._clock.now_s() else last.leadership
+
+    async def publish_rounds(self, rounds: Sequence[RoundSummary], *, ttl_s: float) -> None:
+        check_rounds(rounds)
+        check_ttl(ttl_s)
+        self._rounds = (tuple(rounds), self._clock.now_s() + ttl_s)
+
+    async def rounds(self) -> tuple[RoundSummary, ...]:
+        rounds, expires_at_s = self._rounds
+        return rounds if expires_at_s > self._clock.now_s() else ()
 
     async def close(self) -> None:
         """There is nothing to release."""

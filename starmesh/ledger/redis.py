@@ -8,6 +8,7 @@ server's clock. Keys of one cluster share a hash tag and so one slot:
     {starmesh:CLUSTER}:reservations:ID    hash of request id to "tokens expires_us"
     {starmesh:CLUSTER}:owner:REQUEST      "epoch instance_id"
     {starmesh:CLUSTER}:leader:ROLE        hash of the last leader, its term and the end of its lead; outlives that end
+    {starmesh:CLUSTER}:rounds             the rounds of rescheduling that are shown
 
 Nothing is tried twice: a caller with a deadline knows better whether to. Owns no policy and no background task.
 """
@@ -15,7 +16,7 @@ Nothing is tried twice: a caller with a deadline knows better whether to. Owns n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -38,9 +39,11 @@ from starmesh.ledger.codec import (
     decode_info,
     decode_load,
     decode_ownership,
+    decode_rounds,
     encode_info,
     encode_load,
     encode_ownership,
+    encode_rounds,
 )
 from starmesh.ledger.limits import (
     MAX_TTL_S,
@@ -51,8 +54,10 @@ from starmesh.ledger.limits import (
     check_info,
     check_load,
     check_reservation,
+    check_rounds,
     check_ttl,
 )
+from starmesh.rounds import RoundSummary
 from starmesh.types import (
     ClusterView,
     InstanceInfo,
@@ -250,6 +255,14 @@ class RedisLedger:
             return None
         instance_id, term = found
         return Leadership(instance_id.decode(errors="replace"), decode_count(term, "leader: term"))
+
+    async def publish_rounds(self, rounds: Sequence[RoundSummary], *, ttl_s: float) -> None:
+        check_rounds(rounds)
+        await self._call(self._client.set(self._prefix + "rounds", encode_rounds(rounds), px=check_ttl(ttl_s)))
+
+    async def rounds(self) -> tuple[RoundSummary, ...]:
+        found = await self._call(self._client.get(self._prefix + "rounds"))
+        return () if found is None else decode_rounds(found)
 
     async def close(self) -> None:
         for task in self._running:

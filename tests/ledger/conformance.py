@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from starmesh.ledger import Ledger, OwnershipConflict, Refusal, ReservationRefused
+from starmesh.rounds import MAX_MOVES, MAX_ROUNDS, MAX_TEXT, MoveOutcome, RoundMove, RoundSummary
 from starmesh.types import (
     InstanceInfo,
     InstanceLoad,
@@ -17,6 +18,8 @@ from starmesh.types import (
     InstanceView,
     KvLayout,
     Leadership,
+    Migration,
+    MigrationReason,
     Ownership,
     Role,
     SequenceLoad,
@@ -57,6 +60,33 @@ def load(*request_ids: str, free_blocks: int = 10) -> InstanceLoad:
         step_duration_s=0.025,
         transfer_backend=TransferBackend.STREAM,
         sequences=tuple(SequenceLoad(name, 1, 5, 2, 7, 100) for name in request_ids),
+    )
+
+
+def round_summary(*request_ids: str, last_s: float = 7.5) -> RoundSummary:
+    moves = tuple(
+        RoundMove(
+            Migration(name, "decode-0", "decode-1", 3, MigrationReason.PREDICTED_LOAD, 12.25),
+            MoveOutcome.MOVED,
+            duration_s=0.5,
+            words="moved: 1.5 MB",
+        )
+        for name in request_ids
+    )
+    return RoundSummary(
+        leader="rescheduler-0",
+        term=1 << 41,
+        policy="star",
+        first_s=7.0,
+        last_s=last_s,
+        rounds=1 if moves else 4,
+        instances=3,
+        spread_before_tokens=10.5,
+        spread_after_tokens=2.0,
+        planned_moves=len(moves),
+        moves=moves,
+        skipped_instances={"stale": 1},
+        skipped_sequences={"no_gain": 2, "settling": 5},
     )
 
 
@@ -352,6 +382,45 @@ class LedgerConformance:
         terms = await asyncio.gather(*(ledger.lead(ROLE, f"r{i}", "one", ttl_s=LONG_S) for i in range(50)))
         (winner,) = [i for i, term in enumerate(terms) if term is not None]
         assert await ledger.leader(ROLE) == Leadership(f"r{winner}", terms[winner] or 0)
+
+    async def test_rounds_are_shown_until_others_are(self, ledger: Ledger, lapse: Lapse) -> None:
+        assert await ledger.rounds() == ()
+        first = [round_summary("a", "b", last_s=8.0), round_summary()]
+        await ledger.publish_rounds(first, ttl_s=LONG_S)
+        assert await ledger.rounds() == tuple(first)
+        await ledger.publish_rounds([round_summary()], ttl_s=SHORT_S)
+
+        async def forgotten() -> bool:
+            return await ledger.rounds() == ()
+
+        await lapse(forgotten)
+        await ledger.publish_rounds([], ttl_s=LONG_S)
+        assert await ledger.rounds() == ()
+
+    async def test_rounds_have_bounds(self, ledger: Ledger) -> None:
+        longest = round_summary(*(f"r{number}" for number in range(MAX_MOVES)))
+        await ledger.publish_rounds([longest] * MAX_ROUNDS, ttl_s=LONG_S)
+        assert await ledger.rounds() == (longest,) * MAX_ROUNDS
+        plain = round_summary("a")
+        replace = dataclasses.replace
+        for bad in (
+            [plain] * (MAX_ROUNDS + 1),
+            [replace(plain, moves=plain.moves * (MAX_MOVES + 1))],
+            [replace(plain, skipped_sequences={str(number): 1 for number in range(99)})],
+            [replace(plain, policy="x" * (MAX_TEXT + 1))],
+            [replace(plain, skipped_instances={"x" * (MAX_TEXT + 1): 1})],
+            [replace(plain, skipped_instances={"x": -1})],
+            [replace(plain, moves=(replace(plain.moves[0], words="x" * (MAX_TEXT + 1)),))],
+            [replace(plain, leader="a b")],
+            [replace(plain, rounds=-1)],
+            [replace(plain, last_s=float("nan"))],
+            [replace(plain, spread_after_tokens=float("inf"))],
+        ):
+            with pytest.raises(ValueError):
+                await ledger.publish_rounds(bad, ttl_s=LONG_S)
+        with pytest.raises(ValueError):
+            await ledger.publish_rounds([plain], ttl_s=0)
+        assert await ledger.rounds() == (longest,) * MAX_ROUNDS
 
     @pytest.mark.parametrize("bad", ["", "a b", "a" * 129, "ä", "{x}", "a\n"])
     async def test_refuses_malformed_ids(self, ledger: Ledger, bad: str) -> None:

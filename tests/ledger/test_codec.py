@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
@@ -18,14 +18,25 @@ from starmesh.ledger.codec import (
     decode_info,
     decode_load,
     decode_ownership,
+    decode_rounds,
     encode_info,
     encode_load,
     encode_ownership,
+    encode_rounds,
 )
 from starmesh.ledger.limits import MAX_COUNT, check_info, check_load
-from starmesh.types import InstanceInfo, InstanceLoad, KvLayout, Ownership, SequenceLoad, TransferBackend
+from starmesh.rounds import MAX_ROUNDS, RoundMove, RoundSummary
+from starmesh.types import (
+    InstanceInfo,
+    InstanceLoad,
+    KvLayout,
+    Migration,
+    Ownership,
+    SequenceLoad,
+    TransferBackend,
+)
 
-from .conformance import LAYOUT, instance, load
+from .conformance import LAYOUT, instance, load, round_summary
 
 pytestmark = pytest.mark.fast
 
@@ -42,6 +53,9 @@ def every_field_of(kind: type[Any]) -> st.SearchStrategy[Any]:
         float: st.floats(0, 1e9),
         KvLayout | None: st.none() | st.deferred(lambda: every_field_of(KvLayout)),
         tuple[TransferBackend, ...]: st.lists(st.sampled_from(TransferBackend), max_size=3).map(tuple),
+        tuple[RoundMove, ...]: st.lists(st.deferred(lambda: every_field_of(RoundMove)), max_size=3).map(tuple),
+        Migration: st.deferred(lambda: every_field_of(Migration)),
+        Mapping[str, int]: st.dictionaries(IDS, st.integers(0, MAX_COUNT), max_size=3),
         Sequence[SequenceLoad]: st.lists(st.deferred(lambda: every_field_of(SequenceLoad)), max_size=3).map(tuple),
     }
     return st.builds(
@@ -100,9 +114,22 @@ def test_ownership_there_and_back(epoch: int, instance_id: str) -> None:
     assert decode_ownership(encode_ownership(ownership).encode()) == ownership
 
 
+@given(st.lists(every_field_of(RoundSummary), max_size=3))
+def test_rounds_there_and_back(rounds: list[RoundSummary]) -> None:
+    assert decode_rounds(encode_rounds(rounds).encode()) == tuple(rounds)
+
+
+def test_rounds_of_another_shape_are_refused() -> None:
+    written = json.loads(encode_rounds([round_summary("a")]))
+    (shown,) = written["rounds"]
+    for rounds in ([shown] * (MAX_ROUNDS + 1), [{**shown, "extra": 1}], [{**shown, "term": "1"}], [[]], 7):
+        with pytest.raises(InvalidDocument, match="rounds"):
+            decode_rounds(json.dumps({**written, "rounds": rounds}).encode())
+
+
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_in_the_ledgers_terms(document: bytes) -> None:
-    for decode in (decode_load, lambda data: decode_info(data, b"ready")):
+    for decode in (decode_load, decode_rounds, lambda data: decode_info(data, b"ready")):
         with pytest.raises(InvalidDocument):
             decode(document)
 
