@@ -20,6 +20,8 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from starmesh.ledger.limits import check_cluster, check_ids
+from starmesh.ledger.redis import RedisLedger, is_encrypted
+from starmesh.rpc.credentials import MESH_NAME, Credentials
 from starmesh.telemetry.setup import TelemetryConfigError, setup_logging, setup_tracing
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,22 @@ class ServiceSettings(BaseSettings):
     advertise: str = Field(
         "", validate_default=True, description="HOST:PORT that others reach this process at; empty: as it listens"
     )
-    allow_plaintext: bool = Field(False, description="serve unencrypted beyond loopback")
+    allow_plaintext: bool = Field(False, description="serve, and reach the ledger, unencrypted beyond loopback")
+    tls_cert: Path | None = Field(
+        None, description="PEM file of this process's certificate; with --tls-key and --tls-ca all services speak TLS"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key")
+    tls_ca: Path | None = Field(
+        None, validate_default=True, description="PEM file of the CAs that sign the certificates of services"
+    )
+    tls_server_name: str = Field(MESH_NAME, min_length=1, description="DNS name that all those certificates are for")
     ledger: str = Field("redis://127.0.0.1:6379", description="URL of the Redis ledger; unix:// and rediss:// too")
+    ledger_password_file: Path | None = Field(
+        None, description="file with the password of the ledger's user, instead of one in the URL"
+    )
+    ledger_ca: Path | None = Field(
+        None, description="PEM file of the CAs that sign the certificate of a rediss:// ledger; empty: the system's"
+    )
     cluster: str = Field("default", description="name of the cluster; several may share a Redis")
     instance_id: str = Field("", description="name of this instance; empty: role and a random suffix")
     port_file: Path | None = Field(None, description="file to write the chosen HOST:PORT to")
@@ -61,6 +77,30 @@ class ServiceSettings(BaseSettings):
             check_ids(value)
         return value
 
+    @field_validator("tls_cert", "tls_key", "tls_ca", "ledger_password_file", "ledger_ca", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        """As the environment of a container has it for what is not set."""
+        return value or None
+
+    @field_validator("tls_ca")
+    @classmethod
+    def _all_of_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        given = [path is not None for path in (info.data.get("tls_cert"), info.data.get("tls_key"), value)]
+        if any(given) and not all(given):
+            raise ValueError("give --tls-cert, --tls-key and --tls-ca, or none of them")
+        return value
+
+    @field_validator("ledger")
+    @classmethod
+    def _ledger_encrypted(cls, value: str, info: ValidationInfo) -> str:
+        if not info.data.get("allow_plaintext") and not is_encrypted(value):
+            raise ValueError(
+                "is beyond loopback and not encrypted; use rediss://, or pass --allow-plaintext on a network that you "
+                "trust"
+            )
+        return value
+
     @field_validator("advertise")
     @classmethod
     def _reachable(cls, value: str, info: ValidationInfo) -> str:
@@ -68,6 +108,18 @@ class ServiceSettings(BaseSettings):
         if not value and listen.startswith(("0.0.0.0:", "[::]:")):
             raise ValueError(f"needed with --listen {listen}: HOST:PORT that others reach this process at")
         return value
+
+    def load_credentials(self) -> Credentials | None:
+        """What it proves with who it is, and knows other services by; None for plaintext. Raises TlsError."""
+        if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
+            return None
+        return Credentials.load(self.tls_cert, self.tls_key, self.tls_ca, server_name=self.tls_server_name)
+
+    def open_ledger(self) -> RedisLedger:
+        """The ledger, not connected yet. Raises LedgerError for what cannot be understood or read."""
+        return RedisLedger.connect(
+            self.ledger, cluster=self.cluster, password_file=self.ledger_password_file, ca=self.ledger_ca
+        )
 
     def name_instance(self, role: str) -> str:
         """The instance id: as set, or ``role`` with a random suffix."""

@@ -5,7 +5,6 @@ import asyncio
 from services.router.config import RouterSettings
 from services.router.model import ServedModel
 from services.router.serving import RouterProcess
-from starmesh.ledger.redis import RedisLedger
 from starmesh.model_files import fetch_model
 from starmesh.process import run_service
 
@@ -13,7 +12,7 @@ from starmesh.process import run_service
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``, then let the streams in flight end within the grace period."""
     model = await asyncio.to_thread(_load, settings)
-    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    ledger = settings.open_ledger()
     try:
         async with RouterProcess(settings, ledger, model):
             await stop.wait()

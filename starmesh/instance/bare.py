@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
-from starmesh.ledger.redis import RedisLedger
 from starmesh.process import ServiceSettings, write_port_file
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import RpcServer
 from starmesh.types import InstanceInfo, InstanceLoad, Role
 
@@ -27,6 +27,8 @@ class BareInstance:
 
     info: InstanceInfo
     ledger: Ledger
+    credentials: Credentials | None = None
+    """What its channels to other services are opened with."""
 
 
 def _health_only(server: RpcServer) -> None:
@@ -43,9 +45,10 @@ async def open_bare(
     async def load() -> InstanceLoad:
         return _NO_BLOCKS
 
-    server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+    credentials = settings.load_credentials()
+    server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=credentials)
     add_services(server)
-    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    ledger = settings.open_ledger()
     address = await server.start()
     info = InstanceInfo(
         instance_id=settings.instance_id,
@@ -59,7 +62,7 @@ async def open_bare(
         await server.set_serving(True)
         write_port_file(settings.port_file, address)
         log.info("serving on %s", address)
-        yield BareInstance(info, ledger)
+        yield BareInstance(info, ledger, credentials)
     finally:
         await server.stop(0.0)
         await membership.stop()

@@ -19,7 +19,6 @@ from starmesh.instance.servicer import InstanceServicer
 from starmesh.instance.settings import EngineSettings
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
-from starmesh.ledger.redis import RedisLedger
 from starmesh.model_files import DEFAULT_MODEL, fetch_model
 from starmesh.process import write_port_file
 from starmesh.rpc.channels import ChannelPool
@@ -62,7 +61,11 @@ class Instance:
         self.hidden_layout = loaded.hidden_layout
         """What the hidden states of its sequences are made of; None when it keeps none."""
         self.engine = EngineThread(lambda: loaded.core, self._pass_on)
-        self.server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+        self.credentials = settings.load_credentials()
+        """What channels to other services are opened with; None for plaintext."""
+        self.server = RpcServer(
+            listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=self.credentials
+        )
         self.ledger = ledger
         self.count_migrations: Callable[[], MigrationCounts] = MigrationCounts
         """Set by a service that migrates; what it counts is in each load, and no drain ends before all are over."""
@@ -76,7 +79,7 @@ class Instance:
         self._settings = settings
         self._transfer: KvTransfer | None = None
         self._leased_epochs: dict[str, int] = {}
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(self.credentials)
         self._clock = WallClock()
         self._last_load: InstanceLoad | None = None
         self._last_load_s = self._clock.now_s()
@@ -335,7 +338,7 @@ async def open_instance(settings: EngineSettings, role: Role, *, prefix_caching:
     Raises LedgerError for a ledger url that is not understood, ModelNotFound, UnsupportedModel or ValueError, each with
     what to do next.
     """
-    ledger = RedisLedger.connect(settings.ledger, cluster=settings.cluster)
+    ledger = settings.open_ledger()
     emulation = settings.emulation
     if emulation is not None:
         log.info("emulating %s at speed %g", emulation.profile.name, emulation.speed)

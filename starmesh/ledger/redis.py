@@ -18,6 +18,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable, Sequence
 from importlib.resources import files
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -105,12 +107,31 @@ class RedisLedger:
         }
 
     @classmethod
-    def connect(cls, url: str, *, cluster: str = "default", timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
-        """A ledger at ``redis://``, ``rediss://`` (TLS) or ``unix://``, credentials in the url; no I/O happens yet.
+    def connect(
+        cls,
+        url: str,
+        *,
+        cluster: str = "default",
+        password_file: Path | None = None,
+        ca: Path | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Self:
+        """A ledger at ``redis://``, ``rediss://`` (TLS) or ``unix://``, credentials in the url; nothing is sent yet.
 
-        ``timeout_s`` bounds each operation as a whole, connecting included. Raises LedgerError for a url that cannot
-        be understood; no message ever shows it, because it may hold a password.
+        ``password_file`` holds the password instead of the url; ``ca`` the CAs, in PEM, that a ``rediss://`` server's
+        certificate is checked with, together with the host in the url. ``timeout_s`` bounds each operation as a whole,
+        connecting included. Raises LedgerError for a url that cannot be understood, no message of which ever shows it,
+        because it may hold a password, and for a file that cannot be read.
         """
+        options: dict[str, Any] = {}
+        if password_file is not None:
+            options["password"] = _read_password(password_file)
+        if ca is not None:
+            if not url.startswith("rediss://"):
+                raise LedgerError("a CA is given for the ledger, but its url is not rediss://")
+            if not ca.is_file():
+                raise LedgerError(f"the ledger's CA {ca} is not there")
+            options["ssl_ca_certs"] = str(ca)
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
@@ -120,6 +141,7 @@ class RedisLedger:
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
+                **options,
             )
             # An option that redis does not know would otherwise surface at the first operation.
             pool.make_connection()  # type: ignore[no-untyped-call]
@@ -312,13 +334,41 @@ class RedisLedger:
         try:
             return task.result()
         except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-            raise LedgerUnavailable(f"the ledger at {self._address} refuses the credentials of its url") from error
+            raise LedgerUnavailable(
+                f"the ledger at {self._address} refuses user or password, or the user may not do all that is needed "
+                "(docs/security.md has the ACL line)"
+            ) from error
         except _UNAVAILABLE as error:
             raise LedgerUnavailable(f"the ledger at {self._address} is not available: {error}") from error
         except exceptions.RedisError as error:
             if str(error).startswith(("INVALID", "WRONGTYPE")):
                 raise InvalidDocument(f"the ledger at {self._address} holds a foreign document: {error}") from error
             raise LedgerError(f"the ledger at {self._address} failed: {error}") from error
+
+
+def is_encrypted(url: str) -> bool:
+    """Whether what is sent to a ledger cannot be read on a network: TLS, or it never leaves this machine."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or "localhost"
+    except ValueError:
+        return True  # not understood: ``connect`` says so
+    if parts.scheme != "redis" or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_password(path: Path) -> str:
+    try:
+        password = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise LedgerError(f"the ledger's password file {path} cannot be read") from None
+    if not password:
+        raise LedgerError(f"the ledger's password file {path} is empty")
+    return password
 
 
 def _address(url: str) -> str:

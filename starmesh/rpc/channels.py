@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc.aio
 
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import MAX_MESSAGE_BYTES
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
@@ -21,24 +23,39 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
+RETIRED_S = 600.0
+"""How long calls may go on over a channel whose certificate has been replaced; longer than any but streams take, and
+those have channels of their own."""
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A plaintext channel."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
+    """A channel to another service: mutual TLS with ``credentials``, plaintext without. It keeps the certificate of now
+    when it connects again later; what lives longer than a certificate comes from a ``ChannelPool``."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    # The mesh's name instead of the host in the address: see ``credentials``.
+    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", credentials.server_name)]
+    return grpc.aio.secure_channel(address, credentials.for_channel(), options=options)
 
 
 class ChannelPool:
-    """Channels by address, opened on first use."""
+    """Channels by address, opened on first use and anew when the process's certificate has been replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        self._credentials = credentials
+        self._generation = 0 if credentials is None else credentials.generation
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """The channel to ``address``."""
+        """The channel to ``address``, for a call that begins now."""
+        if self._credentials is not None and (generation := self._credentials.generation) != self._generation:
+            self._generation = generation
+            while self._channels:
+                self._retire(self._channels.popitem()[1])
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, self._credentials)
         return channel
 
     async def retain(self, addresses: set[str]) -> None:
@@ -49,3 +66,14 @@ class ChannelPool:
     async def close(self) -> None:
         """Close all channels."""
         await self.retain(set())
+        retired = list(self._retired.items())
+        for channel, task in retired:
+            task.cancel()
+            await asyncio.wait([task])
+            await channel.close()
+
+    def _retire(self, channel: grpc.aio.Channel) -> None:
+        """Close a channel once the calls over it have ended."""
+        task = asyncio.create_task(channel.close(RETIRED_S), name="retired channel")
+        self._retired[channel] = task
+        task.add_done_callback(lambda _: self._retired.pop(channel, None))

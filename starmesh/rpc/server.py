@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from starmesh.rpc.credentials import Credentials
+from starmesh.rpc.members import MemberInterceptor
 from starmesh.rpc.status import StatusInterceptor
 
 # A prompt of 4 MiB of text, or 32k tokens at 5 bytes each, with room to spare; KV chunks are at most 1 MiB.
@@ -49,22 +51,39 @@ def _is_loopback(host: str) -> bool:
 class RpcServer:
     """One grpc.aio server. Serves health as NOT_SERVING until ``set_serving(True)``."""
 
-    def __init__(self, *, listen: str, allow_plaintext: bool = False) -> None:
-        """``listen`` is host:port, port 0 for any. Raises PlaintextRefused for a host that is not loopback unless
-        ``allow_plaintext``."""
+    def __init__(
+        self,
+        *,
+        listen: str,
+        allow_plaintext: bool = False,
+        credentials: Credentials | None = None,
+        members_only: bool = True,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        """``listen`` is host:port, port 0 for any. With ``credentials`` all is TLS, and with ``members_only`` mutual
+        TLS: only services of the mesh are answered. ``interceptors`` may raise StatusError in handlers.
+
+        Raises PlaintextRefused without credentials for a host that is not loopback unless ``allow_plaintext``.
+        """
         host, separator, port = listen.rpartition(":")
         if not separator or not port.isdigit():
             raise ValueError(f"listen address {listen!r} is not HOST:PORT")
-        if not allow_plaintext and not _is_loopback(host):
+        if credentials is None and not allow_plaintext and not _is_loopback(host):
             raise PlaintextRefused(
-                f"{listen} is not a loopback address and the connection is not encrypted; "
-                "listen on 127.0.0.1, or pass --allow-plaintext on a network that you trust"
+                f"{listen} is not a loopback address and the connection is not encrypted; give --tls-cert, --tls-key "
+                "and --tls-ca, listen on 127.0.0.1, or pass --allow-plaintext on a network that you trust"
             )
         self._host = host
         self._listen = listen
+        self._credentials = (
+            None if credentials is None else credentials.for_server(require_client_certificate=members_only)
+        )
+        inner = list(interceptors)
+        if credentials is not None and members_only:
+            inner.insert(0, MemberInterceptor(credentials.server_name))
         # No tracing interceptor of OpenTelemetry's: it fails to detach its context when a client leaves during a write,
         # and its twin for clients swallows cancellation. Servicers continue the trace of the metadata themselves.
-        self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[StatusInterceptor(), *inner], options=SERVER_OPTIONS)
         self._health = HealthServicer()
         self._names = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -80,7 +99,10 @@ class RpcServer:
         reflection.enable_server_reflection(self._names, self._server)
         await self.set_serving(False)
         try:
-            port = self._server.add_insecure_port(self._listen)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(self._listen)
+            else:
+                port = self._server.add_secure_port(self._listen, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._listen}: is another process using the port?") from error
         await self._server.start()
