@@ -135,7 +135,7 @@ class OutgoingMigrations:
         shell = SourceShell(
             instance=self._instance,
             claims=self._claims,
-            target=TargetCalls(address, terms, limits),
+            target=TargetCalls(address, terms, limits, self._instance.credentials),
             tell_moved=tell_moved,
             give_up=self._sequences.give_up,
             on_end=self._ended,

@@ -23,6 +23,7 @@ from services.decode.sample_queue import End, Sample, SampleQueue
 from starmesh.ledger import LedgerError
 from starmesh.rpc import convert
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import MAX_MESSAGE_BYTES
 from starmesh.types import HiddenLayout, RemainingEstimate
 from starmesh.v1 import predictor_pb2, predictor_pb2_grpc
@@ -67,6 +68,7 @@ class PredictorLink:
         self,
         queue: SampleQueue,
         config: PredictorConfig,
+        credentials: Credentials | None,
         *,
         instance_id: str,
         layout: HiddenLayout,
@@ -77,6 +79,8 @@ class PredictorLink:
         its sample."""
         self._queue = queue
         self._config = config
+        self._credentials = credentials
+        self._generation = 0
         self._instance_id = instance_id
         self._layout = convert.hidden_layout_pb(layout)
         room = MAX_MESSAGE_BYTES // 2 // (layout.state_bytes + _SAMPLE_OVERHEAD_BYTES)
@@ -161,7 +165,7 @@ class PredictorLink:
 
     async def _connect(self) -> predictor_pb2_grpc.PredictorServiceAsyncStub:
         """A connection that stands: nothing is taken from the queue for one that does not."""
-        if self._look_up:
+        if self._look_up or (self._credentials is not None and self._credentials.generation != self._generation):
             await self._turn_to(await self._known_address())
             self._look_up = False
         assert self._channel is not None
@@ -189,9 +193,12 @@ class PredictorLink:
         return found
 
     async def _turn_to(self, address: str) -> None:
-        if address != self._address or self._channel is None:
+        # With a certificate that has been replaced it could not connect again.
+        generation = 0 if self._credentials is None else self._credentials.generation
+        if address != self._address or generation != self._generation or self._channel is None:
             await self._disconnect()
-            self._address, self._channel = address, open_channel(address)
+            self._address, self._generation = address, generation
+            self._channel = open_channel(address, self._credentials)
 
     async def _disconnect(self) -> None:
         if self._channel is not None:

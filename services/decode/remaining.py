@@ -38,6 +38,7 @@ class RemainingTokens:
             self.link = PredictorLink(
                 self.queue,
                 config,
+                instance.credentials,
                 instance_id=instance.instance_id,
                 layout=instance.hidden_layout,
                 find=self._find,

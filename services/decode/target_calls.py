@@ -17,6 +17,7 @@ from starmesh.migration.source_effects import Commit, Copy
 from starmesh.migration.terms import Cause, Limits, Refusal, Terms
 from starmesh.rpc import convert, convert_migration
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.types import KvLayout, KvTicket, RemainingEstimate
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
 
@@ -49,8 +50,8 @@ _VERDICTS: Final = {
 class TargetCalls:
     """The calls of one migration, on a connection of its own: a commit must not wait behind the blocks of another."""
 
-    def __init__(self, address: str, terms: Terms, limits: Limits) -> None:
-        self._channel = open_channel(address)
+    def __init__(self, address: str, terms: Terms, limits: Limits, credentials: Credentials | None = None) -> None:
+        self._channel = open_channel(address, credentials)
         self._stub: decode_pb2_grpc.DecodeServiceAsyncStub = decode_pb2_grpc.DecodeServiceStub(self._channel)
         self._terms = terms
         self._limits = limits

@@ -21,7 +21,14 @@ async def serve(settings: ReschedulerSettings, stop: asyncio.Event) -> None:
             recorder = Recorder(settings.record, max_bytes=settings.record_max_mib << 20)
         try:
             lead = Lead(instance.ledger, info.instance_id, info.incarnation, ttl_s=settings.lead_ttl_s)
-            loop = Rescheduler(instance.ledger, lead, config, interval_s=settings.round_interval_s, recorder=recorder)
+            loop = Rescheduler(
+                instance.ledger,
+                lead,
+                config,
+                interval_s=settings.round_interval_s,
+                recorder=recorder,
+                credentials=instance.credentials,
+            )
             await loop.run(stop)
         finally:
             if recorder is not None:

@@ -18,6 +18,7 @@ import grpc.aio
 from services.rescheduler.ending import Ending, Outcome, is_end, of_progress, of_status
 from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.convert_migration import reason_pb
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import from_rpc_error
 from starmesh.types import ClusterView, Migration, Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
@@ -53,12 +54,12 @@ class Order:
 class Commander:
     """Migrations under way on our command: one task and one call each, as many as are issued and not yet dropped."""
 
-    def __init__(self, *, timeout_s: float, retry_delay_s: float = 0.5) -> None:
+    def __init__(self, *, timeout_s: float, credentials: Credentials | None = None, retry_delay_s: float = 0.5) -> None:
         """``timeout_s`` bounds a migration from its command to its end; a broken call is tried again after
         ``retry_delay_s``."""
         self._timeout_s = timeout_s
         self._retry_delay_s = retry_delay_s
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(credentials)
         self._following: dict[Migration, tuple[Order, asyncio.Task[None]]] = {}
         self._endings: list[Ending] = []
         self._loop = asyncio.get_running_loop()

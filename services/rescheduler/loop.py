@@ -26,6 +26,7 @@ from services.rescheduler.shown_rounds import ShownRounds
 from starmesh.ledger import Ledger, LedgerError
 from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, plan
 from starmesh.policy.rescheduling.record import RecordedRound
+from starmesh.rpc.credentials import Credentials
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import traceparent_of, tracer
 from starmesh.types import ClusterView, Role
@@ -47,6 +48,7 @@ class Rescheduler:
         *,
         interval_s: float,
         recorder: Recorder | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.memory = PlanMemory()
         self._ledger = ledger
@@ -54,7 +56,7 @@ class Rescheduler:
         self._config = config
         self._interval_s = interval_s
         self._recorder = recorder
-        self._commander = Commander(timeout_s=config.in_flight_timeout_s)
+        self._commander = Commander(timeout_s=config.in_flight_timeout_s, credentials=credentials)
         self._shown = ShownRounds(ledger, lead.instance_id)
         self._term: int | None = None
         self._ledger_answers = True

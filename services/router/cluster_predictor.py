@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, from_rpc_error, retry_later
 from starmesh.types import InstanceInfo
 from starmesh.v1 import cluster_pb2, predictor_pb2, predictor_pb2_grpc
@@ -26,23 +27,27 @@ T = TypeVar("T")
 
 
 async def read_predictor(
-    predictor: InstanceInfo | None, *, timeout_s: float | None
+    predictor: InstanceInfo | None, credentials: Credentials | None, *, timeout_s: float | None
 ) -> cluster_pb2.GetClusterPredictorResponse:
     """How the predictor does. Raises StatusError: NOT_FOUND without one, UNAVAILABLE when it does not answer, and what
     it says itself."""
     found = _present(predictor)
     request = predictor_pb2.GetPredictorRequest()
-    answer = await _ask(found, lambda stub, limit_s: stub.GetPredictor(request, timeout=limit_s), timeout_s)
+    answer = await _ask(
+        found, credentials, lambda stub, limit_s: stub.GetPredictor(request, timeout=limit_s), timeout_s
+    )
     return cluster_pb2.GetClusterPredictorResponse(instance_id=found.instance_id, status=answer.status)
 
 
 async def promote_version(
-    predictor: InstanceInfo | None, version: str, *, timeout_s: float | None
+    predictor: InstanceInfo | None, credentials: Credentials | None, version: str, *, timeout_s: float | None
 ) -> cluster_pb2.PromoteClusterPredictorResponse:
     """Have another version answer. Raises StatusError as ``read_predictor``."""
     found = _present(predictor)
     request = predictor_pb2.PromotePredictorRequest(version=version)
-    answer = await _ask(found, lambda stub, limit_s: stub.PromotePredictor(request, timeout=limit_s), timeout_s)
+    answer = await _ask(
+        found, credentials, lambda stub, limit_s: stub.PromotePredictor(request, timeout=limit_s), timeout_s
+    )
     return cluster_pb2.PromoteClusterPredictorResponse(instance_id=found.instance_id, status=answer.status)
 
 
@@ -56,12 +61,13 @@ def _present(predictor: InstanceInfo | None) -> InstanceInfo:
 
 async def _ask(
     predictor: InstanceInfo,
+    credentials: Credentials | None,
     call: Callable[[predictor_pb2_grpc.PredictorServiceAsyncStub, float], Awaitable[T]],
     timeout_s: float | None,
 ) -> T:
     limit_s = _TIMEOUT_S if timeout_s is None else min(_TIMEOUT_S, timeout_s)
     try:
-        async with open_channel(predictor.address) as channel:
+        async with open_channel(predictor.address, credentials) as channel:
             return await call(predictor_pb2_grpc.PredictorServiceStub(channel), limit_s)
     except grpc.aio.AioRpcError as error:
         if error.code() in _NO_ANSWER:

@@ -19,6 +19,7 @@ from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
 from starmesh.rpc import convert
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.types import ClusterView, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc
@@ -35,8 +36,18 @@ _RETRY_DELAY_S = 1.0
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves operators."""
 
-    def __init__(self, router: Router, watch: LedgerWatch, owners: Owners, *, dispatch_policy: str) -> None:
+    def __init__(
+        self,
+        router: Router,
+        watch: LedgerWatch,
+        owners: Owners,
+        *,
+        credentials: Credentials | None,
+        dispatch_policy: str,
+    ) -> None:
+        """``credentials`` are for calls to instances."""
         self._router = router
+        self._credentials = credentials
         self._watch = watch
         self._owners = owners
         self._dispatch_policy = dispatch_policy
@@ -85,7 +96,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         remaining_s = context.time_remaining()
         timeout_s = _DRAIN_TIMEOUT_S if remaining_s is None else min(_DRAIN_TIMEOUT_S, remaining_s)
         try:
-            async with open_channel(found.address) as channel:
+            async with open_channel(found.address, self._credentials) as channel:
                 stub = cluster_pb2_grpc.InstanceServiceStub(channel)
                 drained = await stub.DrainInstance(cluster_pb2.DrainInstanceRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -108,21 +119,22 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         order = move.order(traceparent=str(headers.get("traceparent", "")))
         source_id = move.source.instance_id
         # A caller that goes ends this call with its own; the migration goes on.
-        async for progress in follow_move(move, order, timeout_s=context.time_remaining()):
+        async for progress in follow_move(move, order, self._credentials, timeout_s=context.time_remaining()):
             yield cluster_pb2.MigrateSequenceResponse(source_instance_id=source_id, progress=progress)
 
     async def GetClusterPredictor(  # noqa: N802 - gRPC's name
         self, request: cluster_pb2.GetClusterPredictorRequest, context: Context
     ) -> cluster_pb2.GetClusterPredictorResponse:
         await self._watch.refresh()
-        return await read_predictor(self._watch.find_predictor(), timeout_s=context.time_remaining())
+        predictor = self._watch.find_predictor()
+        return await read_predictor(predictor, self._credentials, timeout_s=context.time_remaining())
 
     async def PromoteClusterPredictor(  # noqa: N802 - gRPC's name
         self, request: cluster_pb2.PromoteClusterPredictorRequest, context: Context
     ) -> cluster_pb2.PromoteClusterPredictorResponse:
         await self._watch.refresh()
         predictor = self._watch.find_predictor()
-        return await promote_version(predictor, request.version, timeout_s=context.time_remaining())
+        return await promote_version(predictor, self._credentials, request.version, timeout_s=context.time_remaining())
 
 
 def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:

@@ -17,6 +17,7 @@ import grpc.aio
 
 from services.router.flight import InstanceLost
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.types import InstanceInfo, Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc, sequence_pb2
 
@@ -45,9 +46,16 @@ class Receiver(Protocol):
 class DecodeLink:
     """A Decode stream to one incarnation of an instance; opened by the constructor."""
 
-    def __init__(self, instance: InstanceInfo, *, on_stray: Callable[[decode_pb2.SequenceMove], None]) -> None:
+    def __init__(
+        self,
+        instance: InstanceInfo,
+        credentials: Credentials | None = None,
+        *,
+        on_stray: Callable[[decode_pb2.SequenceMove], None],
+    ) -> None:
         """``on_stray`` hears of moves that no receiver goes along with."""
         self.instance = instance
+        self._credentials = credentials
         self._on_stray = on_stray
         self._receivers: dict[str, Receiver] = {}
         self._outgoing: asyncio.Queue[decode_pb2.DecodeRequest | None] = asyncio.Queue(MAX_QUEUED_MESSAGES)
@@ -136,7 +144,7 @@ class DecodeLink:
     async def _run(self) -> None:
         reason = "it ended the stream"
         try:
-            async with open_channel(self.instance.address) as channel:
+            async with open_channel(self.instance.address, self._credentials) as channel:
                 # No deadline: the stream lives as long as both processes. Keepalive and ``silent_s`` find a dead peer.
                 call = decode_pb2_grpc.DecodeServiceStub(channel).Decode(self._messages())
                 while isinstance(response := await call.read(), decode_pb2.DecodeResponse):
@@ -163,9 +171,10 @@ class DecodeLink:
 class DecodeLinks:
     """The links by instance, opened on first use."""
 
-    def __init__(self, find: Callable[[str], InstanceInfo | None]) -> None:
+    def __init__(self, find: Callable[[str], InstanceInfo | None], credentials: Credentials | None) -> None:
         """``find`` tells what the ledger knows of an instance."""
         self._find = find
+        self._credentials = credentials
         self._links: dict[str, DecodeLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -175,7 +184,8 @@ class DecodeLinks:
         if link is None or link.broken or not _same_process(link.instance, instance):
             if link is not None:
                 self._close(link)
-            link = self._links[instance.instance_id] = DecodeLink(instance, on_stray=self._refuse)
+            link = DecodeLink(instance, self._credentials, on_stray=self._refuse)
+            self._links[instance.instance_id] = link
         elif not link.instance.incarnation:
             link.instance = instance
         return link

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, bad_field, from_rpc_error, retry_later
 from starmesh.types import ClusterView, InstanceInfo, InstanceState, Ownership, Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
@@ -78,14 +79,14 @@ def plan_move(view: ClusterView, owner: Ownership | None, request_id: str, targe
 
 
 async def follow_move(
-    move: Move, order: decode_pb2.MigrateRequest, *, timeout_s: float | None
+    move: Move, order: decode_pb2.MigrateRequest, credentials: Credentials | None, *, timeout_s: float | None
 ) -> AsyncIterator[decode_pb2.MigrateResponse]:
     """Give the source its ``order`` and tell what it tells, to the end, for at most ``timeout_s``. Ending this does not
     end the migration. Raises StatusError; its message says what to do next."""
     limit_s = _FOLLOW_TIMEOUT_S if timeout_s is None else min(timeout_s, _FOLLOW_TIMEOUT_S)
     begun = False
     try:
-        async with open_channel(move.source.address) as channel:
+        async with open_channel(move.source.address, credentials) as channel:
             stub = decode_pb2_grpc.DecodeServiceStub(channel)
             async for progress in stub.Migrate(order, timeout=limit_s):
                 begun = True

@@ -15,6 +15,7 @@ import grpc.aio
 
 from starmesh.rpc import convert
 from starmesh.rpc.channels import ChannelPool
+from starmesh.rpc.credentials import Credentials
 from starmesh.types import InstanceInfo, RemainingEstimate, SequenceSpec
 from starmesh.v1 import predictor_pb2, predictor_pb2_grpc, prefill_pb2
 
@@ -27,12 +28,19 @@ _REST_S = 1.0
 class Predictions:
     """Asks whichever predictor ``find`` names."""
 
-    def __init__(self, find: Callable[[], InstanceInfo | None], *, instance_id: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        find: Callable[[], InstanceInfo | None],
+        credentials: Credentials | None,
+        *,
+        instance_id: str,
+        timeout_s: float,
+    ) -> None:
         """``instance_id`` is this router's. A predictor that does not answer within ``timeout_s`` has failed."""
         self._find = find
         self._instance_id = instance_id
         self._timeout_s = timeout_s
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(credentials)
         self._loop = asyncio.get_running_loop()
         self._calls = 0
         self._failed = ""

@@ -16,6 +16,7 @@ import grpc.aio
 
 from services.router.flight import InstanceLost
 from starmesh.rpc.channels import ChannelPool
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import from_rpc_error
 from starmesh.telemetry.setup import current_traceparent
 from starmesh.types import InstanceInfo
@@ -37,10 +38,10 @@ _REFUSALS = {
 class PrefillCalls:
     """Prefills at any instance."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Credentials | None) -> None:
         # Not traced: OpenTelemetry's client interceptor waits for the status apart from the call, so that cancelling
         # what waits for the response would leave the prefill running. The trace travels as metadata.
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(credentials)
         self._calls: dict[str, set[Any]] = defaultdict(set)
         self._releases: set[asyncio.Task[None]] = set()
 

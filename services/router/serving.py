@@ -45,13 +45,15 @@ class RouterProcess:
     def __init__(self, settings: RouterSettings, ledger: Ledger, model: ServedModel) -> None:
         self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
         self.dispatcher = Dispatcher(ledger, self.watch, settings)
-        self.links = DecodeLinks(self.watch.find)
+        credentials = settings.load_credentials()
+        self.links = DecodeLinks(self.watch.find, credentials)
         self.address = ""
         self._settings = settings
         self._ledger = ledger
-        self._prefills = PrefillCalls()
+        self._prefills = PrefillCalls(credentials)
         self._predictions = Predictions(
             self.watch.find_predictor,
+            credentials,
             instance_id=settings.name_instance(Role.ROUTER.value),
             timeout_s=settings.predictor_timeout_s,
         )
@@ -68,7 +70,12 @@ class RouterProcess:
                 predictions=self._predictions,
             )
         )
-        self._server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext)
+        self._server = RpcServer(
+            listen=settings.listen,
+            allow_plaintext=settings.allow_plaintext,
+            credentials=credentials,
+            members_only=False,
+        )
         inference = InferenceServicer(
             self.router,
             model,
@@ -78,7 +85,13 @@ class RouterProcess:
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
         self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference, service)
         service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
-        cluster = ClusterServicer(self.router, self.watch, self._owners, dispatch_policy=settings.dispatch_policy)
+        cluster = ClusterServicer(
+            self.router,
+            self.watch,
+            self._owners,
+            credentials=credentials,
+            dispatch_policy=settings.dispatch_policy,
+        )
         self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
         self._membership: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -126,6 +126,8 @@ class RedisLedger:
         options: dict[str, Any] = {}
         if password_file is not None:
             options["password"] = _read_password(password_file)
+        if url.startswith("rediss://"):
+            options["ssl_check_hostname"] = True
         if ca is not None:
             if not url.startswith("rediss://"):
                 raise LedgerError("a CA is given for the ledger, but its url is not rediss://")
