@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from starmesh.cli import compare_command, local_commands, profile_command, router_commands, simulate_command
+from starmesh.cli.certs_commands import certs_app
+from starmesh.cli.keys_commands import keys_app
 from starmesh.cli.predictor_commands import predictor_app
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ for command in (
 model_app.command()(local_commands.fetch)
 app.add_typer(model_app, name="model")
 app.add_typer(predictor_app, name="predictor")
+app.add_typer(certs_app, name="certs")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
