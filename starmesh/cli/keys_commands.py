@@ -6,8 +6,9 @@ Editing is for one person at a time; routers that follow the file see each state
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -16,7 +17,13 @@ from starmesh.cli.run import fail
 keys_app = typer.Typer(help="Make and revoke API keys of a router.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The router's --api-keys.")]
-ScopeName = Literal["generate", "operate"]
+
+
+class ScopeName(StrEnum):
+    """The scopes, without loading what checks them."""
+
+    generate = "generate"
+    operate = "operate"
 
 
 @keys_app.command()
@@ -43,7 +50,7 @@ def create(
         key = ApiKey(
             key_id=key_id,
             sha256=digest_of(secret),
-            scopes=frozenset(map(Scope, scope or ["generate"])),
+            scopes=frozenset(Scope(name.value) for name in scope or [ScopeName.generate]),
             requests_per_s=requests_per_s,
             max_requests=max_requests,
             expires=None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days),
