@@ -112,6 +112,21 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(runs(("current_load", *PREDICTION), (0.12, 0.14, 0.17), profile=edge, shadow_s=400.0)),
         ),
         Experiment(
+            "impatience",
+            "The same past saturation, with a queue that refuses what has waited for 2 s",
+            "requests per second for each decode instance",
+            rate_per_instance,
+            tuple(
+                runs(
+                    (VLLM[0], *STATIC, *pair, "star_plus_oracle"),
+                    (0.14, 0.17, 0.2),
+                    profile=edge,
+                    shadow_s=400.0,
+                    queue_timeout_s=STRICT.ttft_s,
+                )
+            ),
+        ),
+        Experiment(
             "load",
             "All of an 80 GB card's memory, from light load to past saturation",
             "requests per second for each decode instance",
