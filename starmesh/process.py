@@ -11,7 +11,8 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -22,6 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from starmesh.ledger.limits import check_cluster, check_ids
 from starmesh.ledger.redis import RedisLedger, is_encrypted
 from starmesh.rpc.credentials import MESH_NAME, Credentials
+from starmesh.telemetry.metrics import Metrics, check_listen, open_metrics
 from starmesh.telemetry.setup import TelemetryConfigError, setup_logging, setup_tracing
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class ServiceSettings(BaseSettings):
     report_interval_s: float = Field(0.25, gt=0.01, description="seconds between load reports")
     grace_s: float = Field(10.0, ge=0, description="seconds that work in flight has to end after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, and up")
+    metrics_listen: str = Field("", description="HOST:PORT of a page with metrics for Prometheus; empty: none")
 
     @field_validator("instance_id", "cluster")
     @classmethod
@@ -120,6 +123,30 @@ class ServiceSettings(BaseSettings):
         return RedisLedger.connect(
             self.ledger, cluster=self.cluster, password_file=self.ledger_password_file, ca=self.ledger_ca
         )
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _metrics_closed_to_the_network(cls, value: str, info: ValidationInfo) -> str:
+        if value:
+            check_listen(value, allow_plaintext=bool(info.data.get("allow_plaintext")))
+        return value
+
+    @asynccontextmanager
+    async def open_metrics(self, role: str) -> AsyncIterator[Metrics]:
+        """The page with metrics within the context, or instruments that do nothing. Raises OSError when its port is
+        taken."""
+        metrics = open_metrics(
+            role,
+            self.name_instance(role),
+            listen=self.metrics_listen,
+            allow_plaintext=self.allow_plaintext,
+        )
+        if metrics.address:
+            log.info("metrics at http://%s/metrics", metrics.address)
+        try:
+            yield metrics
+        finally:
+            await asyncio.to_thread(metrics.close)
 
     def name_instance(self, role: str) -> str:
         """The instance id: as set, or ``role`` with a random suffix."""

@@ -18,7 +18,10 @@ FILES = PredictorFiles(load_predictor, shipped_predictor, shipped_predictors)
 
 async def serve(settings: PredictorSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``; then store what was collected."""
-    async with open_predictor(settings, FILES) as service:
+    async with (
+        settings.open_metrics(Role.PREDICTOR.value) as metrics,
+        open_predictor(settings, FILES, metrics.meter) as service,
+    ):
 
         def add_services(server: RpcServer) -> None:
             server.add(
@@ -27,7 +30,7 @@ async def serve(settings: PredictorSettings, stop: asyncio.Event) -> None:
                 predictor_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name,
             )
 
-        async with open_bare(settings, Role.PREDICTOR, add_services=add_services):
+        async with open_bare(settings, Role.PREDICTOR, add_services=add_services, metrics=metrics):
             await stop.wait()
 
 

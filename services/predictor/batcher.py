@@ -22,8 +22,8 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from services.predictor.instruments import Instruments
 from services.predictor.intake import Samples
+from services.predictor.metrics import PredictorMetrics
 from services.predictor.outcomes import Outcome
 from services.predictor.registry import Version
 from services.predictor.sample_queue import SampleQueue
@@ -70,9 +70,9 @@ class Answers:
 class Batcher:
     """Predicts for many callers. Made in a running event loop; ``learn`` is called on the forward thread."""
 
-    def __init__(self, *, capacity: int, instruments: Instruments, learn: Callable[[Sequence[Outcome]], None]) -> None:
+    def __init__(self, *, capacity: int, metrics: PredictorMetrics, learn: Callable[[Sequence[Outcome]], None]) -> None:
         self._queue: SampleQueue[_Call, Version] = SampleQueue(capacity)
-        self._instruments = instruments
+        self._metrics = metrics
         self._learn = learn
         self._averages: tuple[HiddenLayout, RunningAverages] | None = None
         self._outcomes: deque[Outcome] = deque(maxlen=MAX_OUTCOMES)
@@ -95,30 +95,30 @@ class Batcher:
         for row in range(count):
             dropped = self._queue.push(call, row, version)
             if dropped is not None:
-                self._instruments.dropped(1, "queue_full")
+                self._metrics.dropped(1, "queue_full")
                 self._settle(dropped[0], 1)
         self._wanted.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await done
         except TimeoutError:
-            self._instruments.dropped(call.open_rows, "timeout")
+            self._metrics.dropped(call.open_rows, "timeout")
             if not len(_answered_rows(call)):
                 raise StatusError(
                     grpc.StatusCode.DEADLINE_EXCEEDED, f"no forward of {version.name} ended within {timeout_s:.2f} s"
                 ) from None
         except asyncio.CancelledError:
             # What was answered already does not reach the caller either.
-            self._instruments.dropped(call.open_rows + len(_answered_rows(call)), "caller_gone")
+            self._metrics.dropped(call.open_rows + len(_answered_rows(call)), "caller_gone")
             raise
         except StatusError:
-            self._instruments.dropped(call.open_rows, "failed")
+            self._metrics.dropped(call.open_rows, "failed")
             raise
         finally:
             self._queue.discard(call)
         rows = _answered_rows(call)
         if len(rows):
-            self._instruments.answered(len(rows), self._clock.now_s() - call.arrived_s)
+            self._metrics.answered(len(rows), self._clock.now_s() - call.arrived_s)
         return Answers(rows, call.predicted[rows], call.answered[rows])
 
     def learn(self, outcome: Outcome) -> None:
@@ -210,7 +210,7 @@ class Batcher:
             # A row that is not a number says nothing; its call goes on without it.
             lost = int((~np.isfinite(predicted[there]).all(axis=1)).sum())
             if lost:
-                self._instruments.dropped(lost, "not_a_number")
+                self._metrics.dropped(lost, "not_a_number")
             call.predicted[rows], call.answered[rows] = predicted[there], answered[there]
             self._settle(call, len(rows))
 
@@ -236,9 +236,7 @@ class Batcher:
     def _note_batch(self, by_call: list[tuple[_Call, list[int]]]) -> None:
         if by_call:
             now_s = self._clock.now_s()
-            self._instruments.batch(
-                sum(len(rows) for _, rows in by_call), (now_s - call.arrived_s for call, _ in by_call)
-            )
+            self._metrics.batch(sum(len(rows) for _, rows in by_call), (now_s - call.arrived_s for call, _ in by_call))
 
 
 def _by_call(rows: list[tuple[_Call, int]]) -> list[tuple[_Call, list[int]]]:

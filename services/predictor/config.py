@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from starmesh.emulation.settings import EmulationSettings
-from starmesh.telemetry.metrics import check_listen
 
 
 class PredictorSettings(EmulationSettings):
-    """What predicts, what is collected, what is shown."""
+    """What predicts, and what is collected."""
 
     predictor: str = Field(
         "",
@@ -26,7 +25,6 @@ class PredictorSettings(EmulationSettings):
     recalibrate: bool = Field(True, description="correct the quantiles by requests that have ended")
     collect: Path | None = Field(None, description="directory to store labelled samples in; none: nothing is stored")
     collect_max_mib: int = Field(1024, ge=1, description="MiB at which collecting ends")
-    metrics_listen: str = Field("", description="HOST:PORT of a page with metrics for Prometheus; empty: none")
 
     @field_validator("predictor_dir")
     @classmethod
@@ -34,10 +32,3 @@ class PredictorSettings(EmulationSettings):
         if path is not None and not path.is_dir():
             raise ValueError(f"there is no directory {path}")
         return path
-
-    @field_validator("metrics_listen")
-    @classmethod
-    def _closed_to_the_network(cls, listen: str, info: ValidationInfo) -> str:
-        if listen:
-            check_listen(listen, allow_plaintext=bool(info.data.get("allow_plaintext")))
-        return listen

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+
+from opentelemetry.metrics import Meter
 
 from services.predictor.collector import open_collector
 from services.predictor.config import PredictorSettings
 from services.predictor.emulated import emulated_predictors
-from services.predictor.instruments import Instruments
+from services.predictor.metrics import PredictorMetrics
 from services.predictor.predictor import PredictorService
 from services.predictor.registry import PredictorFiles, Registry
 from starmesh.prediction.batch import Predictor
 from starmesh.prediction.conditional_median import ConditionalMedian
-from starmesh.telemetry.metrics import open_metrics
-
-log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def open_predictor(settings: PredictorSettings, files: PredictorFiles) -> AsyncIterator[PredictorService]:
+async def open_predictor(
+    settings: PredictorSettings, files: PredictorFiles, meter: Meter
+) -> AsyncIterator[PredictorService]:
     """The service within the context. Raises ValueError for a predictor that cannot be loaded, ShardError for a
     directory of other samples, and OSError."""
     others: Mapping[str, Predictor] = {}
@@ -37,20 +36,9 @@ async def open_predictor(settings: PredictorSettings, files: PredictorFiles) -> 
     )
     await registry.start()
     async with AsyncExitStack() as stack:
-        metrics = open_metrics(
-            "predictor",
-            settings.instance_id,
-            listen=settings.metrics_listen,
-            allow_plaintext=settings.allow_plaintext,
-        )
-        stack.push_async_callback(asyncio.to_thread, metrics.close)
-        if metrics.address:
-            log.info("metrics at http://%s/metrics", metrics.address)
         collector = None
         if settings.collect is not None:
             collector = await open_collector(settings.collect, max_bytes=settings.collect_max_mib << 20)
-        service = PredictorService(
-            registry, Instruments(metrics.meter), queue_samples=settings.queue, collector=collector
-        )
+        service = PredictorService(registry, PredictorMetrics(meter), queue_samples=settings.queue, collector=collector)
         stack.push_async_callback(service.close)
         yield service

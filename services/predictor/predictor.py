@@ -12,8 +12,8 @@ from typing import Final
 
 from services.predictor.batcher import Batcher
 from services.predictor.collector import Collector
-from services.predictor.instruments import Instruments
 from services.predictor.intake import End, Samples
+from services.predictor.metrics import PredictorMetrics
 from services.predictor.outcomes import Outcome, Outcomes
 from services.predictor.quality import Quality, RollingQuality
 from services.predictor.registry import Registry, Version
@@ -52,15 +52,15 @@ class PredictorService:
     """Made in a running event loop. ``collector`` is None where nothing is collected."""
 
     def __init__(
-        self, registry: Registry, instruments: Instruments, *, queue_samples: int, collector: Collector | None = None
+        self, registry: Registry, metrics: PredictorMetrics, *, queue_samples: int, collector: Collector | None = None
     ) -> None:
         self._registry = registry
-        self._instruments = instruments
+        self._metrics = metrics
         self._collector = collector
         self._outcomes = Outcomes()
         self._quality = RollingQuality()
-        self._batcher = Batcher(capacity=queue_samples, instruments=instruments, learn=self._learn)
-        instruments.watch(
+        self._batcher = Batcher(capacity=queue_samples, metrics=metrics, learn=self._learn)
+        metrics.watch(
             queue=lambda: len(self._batcher),
             version=lambda: (registry.active.name, registry.active.predictor.kind),
             qualities=lambda: self._quality.qualities,
@@ -110,9 +110,9 @@ class PredictorService:
         return Status(
             version=self._registry.active,
             versions=await self._registry.versions(),
-            predictions=self._instruments.predictions,
-            dropped_samples=self._instruments.dropped_samples,
-            latency_s=self._instruments.latency_s,
+            predictions=self._metrics.predictions,
+            dropped_samples=self._metrics.dropped_samples,
+            latency_s=self._metrics.latency_s,
             ended_sequences=len(self._quality),
             qualities=self._quality.qualities,
             collected_samples=samples,
@@ -135,7 +135,7 @@ class PredictorService:
         outcome = self._outcomes.end(end)
         if outcome is None:
             return
-        self._instruments.ended(finished=end.finished)
+        self._metrics.ended(finished=end.finished)
         if outcome.version is self._registry.active:
             self._quality.observe(outcome)
         self._batcher.learn(outcome)

@@ -14,6 +14,8 @@ from starmesh.ledger.membership import Membership
 from starmesh.process import ServiceSettings, write_port_file
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import RpcServer
+from starmesh.telemetry.ledger_metrics import LedgerMetrics
+from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.types import InstanceInfo, InstanceLoad, Role
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,11 @@ def _health_only(server: RpcServer) -> None:
 
 @asynccontextmanager
 async def open_bare(
-    settings: ServiceSettings, role: Role, *, add_services: Callable[[RpcServer], None] = _health_only
+    settings: ServiceSettings,
+    role: Role,
+    *,
+    add_services: Callable[[RpcServer], None] = _health_only,
+    metrics: Metrics = NO_METRICS,
 ) -> AsyncIterator[BareInstance]:
     """Serve and be registered within the context; ``add_services`` adds to the server what it serves beside health.
     Raises OSError when the port is taken and LedgerError when the ledger does not answer."""
@@ -49,6 +55,7 @@ async def open_bare(
     server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=credentials)
     add_services(server)
     ledger = settings.open_ledger()
+    ledger.on_operation = LedgerMetrics(metrics.meter)
     address = await server.start()
     info = InstanceInfo(
         instance_id=settings.instance_id,

@@ -16,7 +16,8 @@ Nothing is tried twice: a caller with a deadline knows better whether to. Owns n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
@@ -98,6 +99,9 @@ class RedisLedger:
         self._client = client
         self._address = address
         self._timeout_s = timeout_s
+        self.on_operation: Callable[[str, float, LedgerError | None], None] | None = None
+        """Set by a process that measures: hears of each operation's name, its seconds, and its failure if it has one;
+        a refusal or a conflict is none."""
         self._running: set[asyncio.Future[Any]] = set()
         self._prefix = f"{{starmesh:{cluster}}}:"
         self._index = self._prefix + "instances"
@@ -217,7 +221,7 @@ class RedisLedger:
 
     async def release(self, request_id: str, instance_id: str) -> None:
         check_ids(request_id, instance_id)
-        await self._call(self._client.hdel(self._reservations(instance_id), request_id))
+        await self._measured("release", self._client.hdel(self._reservations(instance_id), request_id))
 
     async def claim(
         self, request_id: str, instance_id: str, *, expected: Ownership | None, epoch: int, ttl_s: float
@@ -238,7 +242,7 @@ class RedisLedger:
 
     async def owner(self, request_id: str) -> Ownership | None:
         check_ids(request_id)
-        found = await self._call(self._client.get(self._owner(request_id)))
+        found = await self._measured("owner", self._client.get(self._owner(request_id)))
         return None if found is None else decode_ownership(found)
 
     async def renew(self, owned: dict[str, int], *, ttl_s: float) -> list[str]:
@@ -282,10 +286,12 @@ class RedisLedger:
 
     async def publish_rounds(self, rounds: Sequence[RoundSummary], *, ttl_s: float) -> None:
         check_rounds(rounds)
-        await self._call(self._client.set(self._prefix + "rounds", encode_rounds(rounds), px=check_ttl(ttl_s)))
+        await self._measured(
+            "publish_rounds", self._client.set(self._prefix + "rounds", encode_rounds(rounds), px=check_ttl(ttl_s))
+        )
 
     async def rounds(self) -> tuple[RoundSummary, ...]:
-        found = await self._call(self._client.get(self._prefix + "rounds"))
+        found = await self._measured("rounds", self._client.get(self._prefix + "rounds"))
         return () if found is None else decode_rounds(found)
 
     async def close(self) -> None:
@@ -309,7 +315,21 @@ class RedisLedger:
 
     async def _run(self, script: str, keys: list[str], arguments: Iterable[str | int]) -> Any:
         """Run a script by its digest; the server is sent the text when it does not have it."""
-        return await self._call(self._scripts[script](keys=keys, args=list(arguments)))
+        return await self._measured(script, self._scripts[script](keys=keys, args=list(arguments)))
+
+    async def _measured(self, name: str, operation: Awaitable[Any]) -> Any:
+        """Run an operation, and tell whoever measures how it went."""
+        if self.on_operation is None:
+            return await self._call(operation)
+        began_s = time.monotonic()
+        failure: LedgerError | None = None
+        try:
+            return await self._call(operation)
+        except LedgerError as error:
+            failure = error
+            raise
+        finally:
+            self.on_operation(name, time.monotonic() - began_s, failure)
 
     async def _call(self, operation: Awaitable[Any]) -> Any:
         """Bound an operation in time and name its failure in the ledger's terms, without the url.

@@ -1,8 +1,11 @@
 """Metrics of a process, as a page that Prometheus scrapes.
 
-Owns the meter provider and the page. Owns neither instruments (each service's) nor names (``names``). Without an
-address there is no page, and every instrument is a no-op. The page is served by threads of its own: instruments that
-are read when it is asked for (gauges) are read there.
+Owns the meter provider and the page. Owns neither instruments (each service's ``metrics``) nor what they are called
+(``registry``). Without an address there is no page, and every instrument is a no-op. The page is served by threads of
+its own: instruments that are read when it is asked for (gauges) are read there.
+
+All series carry ``service_instance_id``, so that they can be told apart by the names that operators give, whatever
+address a container has today.
 """
 
 from __future__ import annotations
@@ -10,21 +13,36 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from opentelemetry.metrics import Meter, NoOpMeterProvider
 from opentelemetry.sdk.resources import Resource
 
-_SCOPE = "starmesh"
+from starmesh.telemetry.bucket_counts import BucketCounts
+from starmesh.telemetry.registry.metric import Metric
+
+_SCOPE: Final = "starmesh"
+_INSTANCE: Final = "service.instance.id"
+
+
+def _show_nowhere(row: Metric, counts: BucketCounts) -> None:
+    """There is no page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """``meter`` makes the process's instruments; ``address`` is the page's HOST:PORT, empty without one. ``close`` ends
-    the page; call it in a thread, it waits for a scrape in progress."""
+    """``meter`` makes the process's instruments, and ``show`` adds a histogram that its owner counts, which
+    OpenTelemetry has no instrument for. ``address`` is the page's HOST:PORT, empty without one. ``close`` ends the
+    page; call it in a thread, it waits for a scrape in progress."""
 
     meter: Meter
     address: str
     close: Callable[[], None]
+    show: Callable[[Metric, BucketCounts], None] = _show_nowhere
+
+
+NO_METRICS: Final = Metrics(NoOpMeterProvider().get_meter(_SCOPE), "", lambda: None)
+"""Without a page: instruments that do nothing."""
 
 
 def check_listen(listen: str, *, allow_plaintext: bool) -> tuple[str, int]:
@@ -45,16 +63,22 @@ def open_metrics(service: str, instance_id: str, *, listen: str, allow_plaintext
     """Serve the page at ``listen``, HOST:PORT, port 0 for any; empty: no page. Raises ValueError as ``check_listen``,
     and OSError when the port is taken."""
     if not listen:
-        return Metrics(NoOpMeterProvider().get_meter(_SCOPE), "", lambda: None)
+        return NO_METRICS
     host, port = check_listen(listen, allow_plaintext=allow_plaintext)
     # Only where there is a page: importing these takes a tenth of a second.
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from opentelemetry.sdk.metrics import MeterProvider
     from prometheus_client import CollectorRegistry, start_http_server
 
+    from starmesh.telemetry.bucket_collector import BucketCollector
+
     registry = CollectorRegistry()
-    reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
-    resource = Resource.create({"service.name": f"starmesh-{service}", "service.instance.id": instance_id})
+    reader = PrometheusMetricReader(
+        scope_info_enabled=False, registry=registry, resource_attribute_filter=lambda key: key == _INSTANCE
+    )
+    collector = BucketCollector(labels={_INSTANCE.replace(".", "_"): instance_id})
+    registry.register(collector)
+    resource = Resource.create({"service.name": f"starmesh-{service}", _INSTANCE: instance_id})
     provider = MeterProvider([reader], resource)
     try:
         server, thread = start_http_server(port, host, registry)
@@ -68,7 +92,7 @@ def open_metrics(service: str, instance_id: str, *, listen: str, allow_plaintext
         thread.join()
         provider.shutdown()
 
-    return Metrics(provider.get_meter(_SCOPE), f"{host}:{server.server_port}", close)
+    return Metrics(provider.get_meter(_SCOPE), f"{host}:{server.server_port}", close, collector.add)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,5 +1,6 @@
-"""Every span, span event, attribute and metric name, once. Attributes follow OpenTelemetry's conventions where they
-exist (``gen_ai.*``, ``server.*``, ``error.type``); the rest is ``starmesh.*``. What has which: ``spans``."""
+"""Every span, span event and attribute name, once; metrics are in ``registry``. Attributes follow OpenTelemetry's
+conventions where they exist (``gen_ai.*``, ``server.*``, ``error.type``); the rest is ``starmesh.*``. What has which:
+``spans``."""
 
 # Spans, in the order of a request's life. One trace per request.
 SPAN_GENERATE = "starmesh.generate"  # router: receipt to last message
@@ -79,16 +80,13 @@ REASON = "starmesh.reason"
 FINISHED = "starmesh.finished"
 PROGRESS = "starmesh.progress"  # the part of a request's output, as FROM-TO
 
-# Metrics of the predictor. Prometheus shows them with _ for the dots, and the unit at the end.
-METRIC_PREDICTIONS = "starmesh.predictor.predictions"
-METRIC_DROPPED_SAMPLES = "starmesh.predictor.dropped_samples"
-METRIC_ENDED_REQUESTS = "starmesh.predictor.ended_requests"
-METRIC_QUEUED_SAMPLES = "starmesh.predictor.queued_samples"
-METRIC_BATCH_SAMPLES = "starmesh.predictor.batch_samples"
-METRIC_PREDICTION_LATENCY = "starmesh.predictor.latency"
-METRIC_SAMPLE_AGE = "starmesh.predictor.sample_age"
-METRIC_PREDICTION_MAE = "starmesh.predictor.mae"
-METRIC_PREDICTION_COVERAGE = "starmesh.predictor.coverage"
-METRIC_ACTIVE_PREDICTOR = "starmesh.predictor.active"
-METRIC_COLLECTED_SAMPLES = "starmesh.predictor.collected_samples"
-METRIC_COLLECTED_BYTES = "starmesh.predictor.collected_bytes"
+# Attributes of metrics: few values each, never a request's id.
+TOKEN_TYPE = "gen_ai.token.type"  # noqa: S105 - not a password
+OUTCOME = "starmesh.outcome"
+ROLE = "starmesh.role"
+STATE = "starmesh.state"
+QUANTILE = "starmesh.quantile"
+DIRECTION = "starmesh.direction"
+CACHED = "starmesh.cached"
+WHEN = "starmesh.when"  # before or after
+LEDGER_OPERATION = "starmesh.ledger_operation"

@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.metrics import NoOpMeterProvider
 
 from services.predictor.collector import open_collector
-from services.predictor.instruments import Instruments
+from services.predictor.metrics import PredictorMetrics
 from services.predictor.predictor import PredictorService
 from services.predictor.registry import PredictorFiles, Registry
 from services.predictor.servicer import PredictorServicer
@@ -34,7 +34,7 @@ class Running:
 
     service: PredictorService
     registry: Registry
-    instruments: Instruments
+    metrics: PredictorMetrics
     address: str
     stub: predictor_pb2_grpc.PredictorServiceAsyncStub
 
@@ -93,9 +93,9 @@ async def serving(
         median=ConditionalMedian(),
     )
     await registry.start()
-    instruments = Instruments(NoOpMeterProvider().get_meter("test"))
+    metrics = PredictorMetrics(NoOpMeterProvider().get_meter("test"))
     collector = await open_collector(collect, max_bytes=collect_max_bytes) if collect is not None else None
-    service = PredictorService(registry, instruments, queue_samples=queue, collector=collector)
+    service = PredictorService(registry, metrics, queue_samples=queue, collector=collector)
     server = RpcServer(listen="127.0.0.1:0")
     server.add(
         predictor_pb2_grpc.add_PredictorServiceServicer_to_server,
@@ -106,7 +106,7 @@ async def serving(
     channel = open_channel(address)
     stub: predictor_pb2_grpc.PredictorServiceAsyncStub = predictor_pb2_grpc.PredictorServiceStub(channel)
     try:
-        yield Running(service, registry, instruments, address, stub)
+        yield Running(service, registry, metrics, address, stub)
     finally:
         await channel.close()
         await server.stop(0.0)

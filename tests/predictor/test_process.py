@@ -14,13 +14,11 @@ from services.predictor.config import PredictorSettings
 from starmesh.ledger.redis import RedisLedger
 from starmesh.prediction.shards import read_sequences
 from starmesh.process import run_service
-from starmesh.telemetry import names
+from starmesh.telemetry.registry import METRICS
 from starmesh.types import Role
 from starmesh.v1 import predictor_pb2, predictor_pb2_grpc
 from tests.mesh.processes import Mesh, Service
 from tests.predictor.predictors import WAIT_S, end, request, sample
-
-UNITS = ("", "_seconds", "_bytes", "_total", "_seconds_count", "_count")
 
 
 @pytest.fixture
@@ -53,13 +51,14 @@ async def test_it_registers_shows_metrics_and_goes_on_after_a_restart(mesh: Mesh
     await predict(mesh, request([sample(f"r{number}", 0, number) for number in range(8)]))
     await predict(mesh, request([sample("a", 20)], [end("a", 40), end("r7", 30)]))
     page = await asyncio.to_thread(_scrape, service.log.read_text())
-    for name in (value for key, value in vars(names).items() if key.startswith("METRIC_")):
-        shown = name.replace(".", "_")
-        assert any(f"\n{shown}{unit}{mark}" in page for unit in UNITS for mark in " {"), f"{name} is not in\n{page}"
-    assert 'starmesh_predictor_dropped_samples_total{starmesh_reason="queue_full"} 4.0' in page
+    for row in METRICS:
+        if row.roles == (Role.PREDICTOR,):
+            assert f"# TYPE {row.prometheus_name} {row.prometheus_type}\n" in page, f"{row.name} is not in\n{page}"
+    mine = 'service_instance_id="p0"'
+    assert f'starmesh_predictor_dropped_samples_total{{{mine},starmesh_reason="queue_full"}} 4.0' in page
     assert 'starmesh_version="conditional_median"} 1.0' in page
-    assert "starmesh_predictor_predictions_total 5.0" in page
-    assert 'starmesh_predictor_coverage{starmesh_progress="0-0.25"} 1.0' in page
+    assert f"starmesh_predictor_predictions_total{{{mine}}} 5.0" in page
+    assert f'starmesh_predictor_coverage{{{mine},starmesh_progress="0-0.25"}} 1.0' in page
     await stop(service)
     assert {sequence.request_id for sequence in read_sequences(samples)} == {"a", "r7"}
 

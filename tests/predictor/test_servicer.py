@@ -172,7 +172,7 @@ async def test_a_flood_drops_the_oldest() -> None:
         new = asyncio.create_task(running.predict(request([sample(f"n{j}", 20, j) for j in range(6)])))
         # All of its samples were dropped, so it is over while the forward goes on.
         assert values(await gone) == {}
-        await until(lambda: running.instruments.dropped_samples == 6)
+        await until(lambda: running.metrics.dropped_samples == 6)
         flood = asyncio.create_task(running.predict(request([sample(f"f{j}", 20, j) for j in range(100)])))
         assert values(await old) == {} and values(await new) == {}
         await running.queued(8)
@@ -193,7 +193,7 @@ async def test_a_call_past_its_deadline_leaves_nothing() -> None:
         refused = await failure(late)
         assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
         await running.queued(0)
-        await until(lambda: running.instruments.dropped_samples == 2)
+        await until(lambda: running.metrics.dropped_samples == 2)
         assert echo.gate is not None
         echo.gate.release(2)
         assert values(await first) == {"first": 1}
@@ -213,7 +213,7 @@ async def test_a_caller_that_leaves_takes_its_samples_along() -> None:
         second.cancel()
         await running.queued(0)
         first.cancel()
-        await until(lambda: running.instruments.dropped_samples == 3)
+        await until(lambda: running.metrics.dropped_samples == 3)
         assert echo.gate is not None
         echo.gate.release(2)
         assert values(await running.predict(request([sample("c", 0, 9)]))) == {"c": 9}
@@ -225,7 +225,7 @@ async def test_a_slow_predictor_answers_what_it_can_in_time() -> None:
         samples = samples_of(request([sample("a", number, number) for number in range(300)]))
         prediction = await running.service.predict(samples, [], timeout_s=0.5)
         assert sorted(prediction.estimates) == list(range(256))
-        assert running.instruments.dropped_samples == 44
+        assert running.metrics.dropped_samples == 44
         assert echo.gate is not None
         echo.gate.release(2)
 

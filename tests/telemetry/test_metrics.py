@@ -22,8 +22,8 @@ def test_the_page_shows_what_was_counted() -> None:
     metrics.meter.create_counter("starmesh.things", "{thing}", "Things.").add(3, {"starmesh.kind": "good"})
     metrics.meter.create_observable_gauge("starmesh.level", [lambda options: [Observation(7)]])
     page = scrape(metrics.address)
-    assert 'starmesh_things_total{starmesh_kind="good"} 3.0' in page
-    assert "starmesh_level 7.0" in page
+    assert 'starmesh_things_total{service_instance_id="r0",starmesh_kind="good"} 3.0' in page
+    assert 'starmesh_level{service_instance_id="r0"} 7.0' in page
     assert 'service_instance_id="r0",service_name="starmesh-router"' in page
     # A second one in the process has instruments of its own.
     other = open_metrics("router", "r1", listen="127.0.0.1:0")
