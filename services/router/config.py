@@ -1,5 +1,7 @@
 """Settings of a router."""
 
+from pathlib import Path
+
 from pydantic import Field, field_validator
 
 from starmesh.emulation.settings import EmulationSettings
@@ -15,6 +17,9 @@ class RouterSettings(EmulationSettings):
     model: str = Field(DEFAULT_MODEL, description="directory, hub id or name of the model, for its tokenizer")
     output_lengths: str = Field(
         "chat", description=f"emulated: how long the answers to ordinary prompts are: {', '.join(LENGTH_MODELS)}"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of API keys, made with `starmesh keys`; every public call needs one of them then"
     )
     dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
     predictor_timeout_s: float = Field(
@@ -36,6 +41,11 @@ class RouterSettings(EmulationSettings):
     owner_ttl_s: float = Field(
         OWNER_TTL_S, gt=1, description="seconds that the ownership entries of a dead router live on"
     )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _empty_is_no_keys(cls, value: object) -> object:
+        return value or None
 
     @field_validator("dispatch_policy")
     @classmethod

@@ -14,6 +14,7 @@ import secrets
 from types import TracebackType
 from typing import Self
 
+from services.router.access import KeyInterceptor
 from services.router.cluster_servicer import ClusterServicer
 from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
@@ -29,7 +30,8 @@ from services.router.servicer import InferenceServicer
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
 from starmesh.process import write_port_file
-from starmesh.rpc.server import RpcServer
+from starmesh.rpc.api_keys import ApiKeys
+from starmesh.rpc.server import RpcServer, is_loopback
 from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -46,6 +48,8 @@ class RouterProcess:
         self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
         self.dispatcher = Dispatcher(ledger, self.watch, settings)
         credentials = settings.load_credentials()
+        self.keys = ApiKeys.load(settings.api_keys) if settings.api_keys is not None else None
+        """Whom clients are known by; None: all are let in."""
         self.links = DecodeLinks(self.watch.find, credentials)
         self.address = ""
         self._settings = settings
@@ -75,6 +79,7 @@ class RouterProcess:
             allow_plaintext=settings.allow_plaintext,
             credentials=credentials,
             members_only=False,
+            interceptors=[] if self.keys is None else [KeyInterceptor(self.keys)],
         )
         inference = InferenceServicer(
             self.router,
@@ -119,6 +124,10 @@ class RouterProcess:
             asyncio.create_task(self.watch.run(self._on_view), name="ledger views"),
             asyncio.create_task(self._owners.keep(), name="ownership"),
         ]
+        if self.keys is not None:
+            self._tasks.append(asyncio.create_task(self.keys.follow(), name="API keys"))
+        elif not is_loopback(self.address):
+            log.warning("whoever reaches %s may use and steer this cluster: give --api-keys", self.address)
         self._readiness = asyncio.create_task(self._serve_when_ready(), name="health")
         write_port_file(settings.port_file, self.address)
         log.info("listening on %s", self.address)

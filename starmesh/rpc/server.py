@@ -39,7 +39,9 @@ class PlaintextRefused(Exception):
     """A listen address beyond loopback without TLS, not asked for by name."""
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether a HOST:PORT can be reached from this machine only."""
+    host = address.rpartition(":")[0]
     if host == "localhost":
         return True
     try:
@@ -68,7 +70,7 @@ class RpcServer:
         host, separator, port = listen.rpartition(":")
         if not separator or not port.isdigit():
             raise ValueError(f"listen address {listen!r} is not HOST:PORT")
-        if credentials is None and not allow_plaintext and not _is_loopback(host):
+        if credentials is None and not allow_plaintext and not is_loopback(listen):
             raise PlaintextRefused(
                 f"{listen} is not a loopback address and the connection is not encrypted; give --tls-cert, --tls-key "
                 "and --tls-ca, listen on 127.0.0.1, or pass --allow-plaintext on a network that you trust"
