@@ -37,22 +37,30 @@ class Piece(NamedTuple):
 
 
 class Answer:
-    """A request's tokens on their way to the client."""
+    """A request's tokens on their way to one client.
 
-    __slots__ = ("_decoded", "_detokenizer", "_finished", "_taken", "_text", "stream")
+    The text of all pieces up to a token is what the tokens up to there make final, however they were grouped: so an
+    answer may go on from any token, with a detokenizer that has seen those before.
+    """
 
-    def __init__(self, stream: TokenStream, detokenizer: Detokenizer) -> None:
+    __slots__ = ("_decoded", "_detokenizer", "_finished", "_offset", "_taken", "_text", "stream")
+
+    def __init__(self, stream: TokenStream, detokenizer: Detokenizer, *, offset: int = 0) -> None:
+        """``detokenizer`` has been fed the ``offset`` tokens that the client has, and their text is dropped."""
         self.stream = stream
         self._detokenizer = detokenizer
-        self._decoded = 0
-        self._taken = 0
+        self._offset = offset
+        self._decoded = offset
+        self._taken = offset
         self._text = ""
         self._finished = False
+        if detokenizer.stopped:
+            stream.finish_reason = FinishReason.STOP
 
     @property
     def started(self) -> bool:
-        """Whether the client has had tokens."""
-        return self._taken > 0
+        """Whether the client has had tokens of this answer."""
+        return self._taken > self._offset
 
     def find_stop(self) -> bool:
         """Whether the accepted tokens complete a stop string; the stream ends then. The instance says so itself, but

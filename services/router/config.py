@@ -27,6 +27,12 @@ class RouterSettings(EmulationSettings):
     )
     view_interval_s: float = Field(0.2, gt=0.01, description="seconds between looks at the ledger")
     max_requests: int = Field(8192, ge=1, description="requests in flight, waiting ones included; more are refused")
+    max_detached_requests: int = Field(
+        1024, ge=0, description="requests that go on while their client is away, to be resumed; more end the oldest"
+    )
+    max_kept_tokens: int = Field(
+        1_000_000, ge=0, description="tokens of complete answers kept to be resumed, each token some 40 bytes"
+    )
     max_stream_requests: int = Field(1024, ge=1, description="requests in flight on one GenerateMany stream")
     queue_length: int = Field(1024, ge=1, description="requests that may wait for an instance with room")
     queue_timeout_s: float = Field(30.0, gt=0, description="seconds that a request waits for room, at most")

@@ -29,6 +29,11 @@ class InstanceLost(Exception):
         self.reason = reason
 
 
+def superseded() -> StatusError:
+    """What a client hears on a stream in place of which another reads on."""
+    return StatusError(grpc.StatusCode.ABORTED, "another stream reads on in place of this one")
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
     """The instance has given the sequence up and freed it."""
@@ -69,6 +74,10 @@ Outcome = Refused | Lost | Broken | Ended
 """What becomes of a sequence where it does not move."""
 
 
+def _nobody(flight: Flight) -> None:
+    """Tell nobody."""
+
+
 class Flight:
     """A request from its acceptance to its last message."""
 
@@ -76,22 +85,34 @@ class Flight:
         self,
         request_id: str,
         *,
-        detokenizer: Detokenizer,
         deadline_s: float,
         coalesce_window_s: float,
+        resume_window_s: float = 0.0,
+        key_id: str = "",
+        stop_strings: tuple[str, ...] = (),
+        output_token_ids: Sequence[int] = (),
         on_ready: Callable[[Flight], None],
     ) -> None:
-        """``deadline_s`` is in the event loop's time. ``on_ready`` is called when ``take`` has something or ``error``
-        is set, perhaps more often than needed, never less."""
+        """``deadline_s`` is in the event loop's time. The client has ``output_token_ids`` already. ``key_id`` names the
+        API key whose request it is. ``on_ready`` is called when ``take`` has something or ``error`` is set, perhaps
+        more often than needed, never less."""
         self.request_id = request_id
+        self.key_id = key_id
+        self.stop_strings = stop_strings
         self.deadline_s = deadline_s
+        self.resume_window_s = resume_window_s
+        self.brought_tokens = len(output_token_ids)
+        """Output tokens that the client brought along; all others are made here."""
+        self.reader = 0
+        """Which of the client's streams has the answer, counted from 0: each that resumes takes it from the last."""
         self.prompt_tokens = 0
         self.stream = TokenStream()
         self.cached_tokens = 0
         self.recoveries = 0
         self.migrations = 0
         self.error: StatusError | None = None
-        self._answer = Answer(self.stream, detokenizer)
+        self.stream.token_ids.extend(output_token_ids)
+        self._answer: Answer | None = None
         self._window_s = coalesce_window_s
         self._on_ready = on_ready
         self._timer: asyncio.TimerHandle | None = None
@@ -105,6 +126,16 @@ class Flight:
     def ended(self) -> bool:
         """Whether no more tokens will come."""
         return self.stream.finish_reason is not None or self.error is not None
+
+    @property
+    def serving(self) -> bool:
+        """Whether ``take`` can have something: not before the text of the tokens that the client has is known."""
+        return self._answer is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether any token has been made here."""
+        return len(self.stream.token_ids) > self.brought_tokens
 
     # What the decode link calls.
 
@@ -176,7 +207,7 @@ class Flight:
         not. Returns whether it has ended."""
         if self.ended:
             return True
-        if self._answer.find_stop():
+        if self._answer is not None and self._answer.find_stop():
             # It has ended the stream itself; what is left is to tell the client's writer.
             self._notify()
             return True
@@ -199,8 +230,31 @@ class Flight:
 
     # What the client's writer calls.
 
+    def read_anew(self, on_ready: Callable[[Flight], None]) -> int:
+        """Give the answer to another stream of the client, which ``on_ready`` tells of news; the one that has it now is
+        told to end. Nothing is to be taken before ``serve``. Returns the new ``reader``."""
+        former = self._on_ready
+        self.abandon()
+        self._on_ready = on_ready
+        self.reader += 1
+        former(self)
+        return self.reader
+
+    def serve(self, detokenizer: Detokenizer, *, offset: int = 0) -> None:
+        """Let ``take`` begin behind the first ``offset`` tokens, which ``detokenizer`` has been fed."""
+        self._answer = Answer(self.stream, detokenizer, offset=offset)
+        if self.stream.token_ids or self.ended:
+            self._on_ready(self)
+
+    def check_reader(self, reader: int) -> None:
+        """Raise StatusError if another stream has taken the answer from ``reader``, who is to leave it alone then."""
+        if reader != self.reader:
+            raise superseded()
+
     def take(self) -> Piece | None:
         """The next piece; None when there is nothing new. Tokens come before ``error`` is to be looked at."""
+        if self._answer is None:
+            return None
         piece = self._answer.take()
         if piece is not None and piece.finish_reason is not None:
             # Detokenising may have found a stop string that the instance has not.
@@ -208,7 +262,8 @@ class Flight:
         return piece
 
     def abandon(self) -> None:
-        """Nobody listens any more."""
+        """Nobody listens any more, or nobody does until ``read_anew``."""
+        self._on_ready = _nobody
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -224,7 +279,7 @@ class Flight:
         if not self._window_s:
             self._on_ready(self)
         # The first token and the end never wait.
-        elif self.ended or not self._answer.started:
+        elif self.ended or self._answer is None or not self._answer.started:
             self._fire()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._window_s, self._fire)

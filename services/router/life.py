@@ -86,6 +86,11 @@ class Life:
         sampling = check_length(self._request, len(prompt), facts, seed=self._seed)
         flight.prompt_tokens = len(prompt)
         flight.stream.max_output_tokens = sampling.max_output_tokens
+        if flight.brought_tokens and not flight.serving:
+            brought = flight.stream.token_ids[: flight.brought_tokens]
+            detokenizer = await model.detokenizer_after(flight.stop_strings, brought)
+            if not flight.serving:  # nor has a stream that resumes come in between
+                flight.serve(detokenizer, offset=flight.brought_tokens)
         if not sampling.ignore_eos:
             self._eos_token_ids = facts.eos_token_ids
         spec = SequenceSpec(
@@ -137,7 +142,7 @@ class Life:
     async def _prefill(self) -> tuple[InstanceInfo, prefill_pb2.PrefillResponse]:
         """Dispatch and prefill. Returns the decode instance and what the prefill has; the first token is accepted."""
         flight, parts = self._flight, self._parts
-        output_tokens = len(flight.stream.token_ids)
+        output_tokens, first = len(flight.stream.token_ids), not flight.started
         # What was predicted from an earlier prefill has aged, and there will be another.
         self._sequence.estimate = None
         placement = await parts.dispatcher.place(self._sequence.demand(flight.deadline_s))
@@ -151,7 +156,7 @@ class Life:
             raise
         finally:
             parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
-        if not output_tokens:
+        if first:
             flight.cached_tokens = response.cached_tokens
             trace.get_current_span().add_event(names.EVENT_FIRST_TOKEN)
         flight.accept(epoch, output_tokens, [response.token_id], convert.finish_reason(response.finish_reason))
@@ -238,7 +243,7 @@ class Life:
         await asyncio.sleep(self._retries.after_failure())
 
     async def _wait_for_room(self, error: StatusError) -> None:
-        started = bool(self._flight.stream.token_ids)
+        started = self._flight.started
         await asyncio.sleep(self._retries.after_refusal(error, self._loop.time(), started=started))
 
     def _describe(self, span: trace.Span) -> None:

@@ -14,7 +14,7 @@ from typing import Self
 import grpc
 from opentelemetry.context import Context
 
-from services.router.flight import Flight
+from services.router.flight import Flight, superseded
 from services.router.pieces import piece_pb
 from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
@@ -127,6 +127,9 @@ class ManyRequests:
         while self._marked and tokens < _MAX_MESSAGE_TOKENS:
             flight = next(iter(self._marked))
             del self._marked[flight]
+            if flight.reader:
+                self._hand_over(flight)
+                continue
             piece = flight.take()
             if piece is not None:
                 tokens += len(piece.token_ids)
@@ -139,6 +142,12 @@ class ManyRequests:
                 self._end(flight)
         failures, self._failures = self._failures, []
         return inference_pb2.GenerateManyResponse(responses=responses, failures=failures)
+
+    def _hand_over(self, flight: Flight) -> None:
+        """A Resume has taken the answer: here it has ended."""
+        if self._flights.get(flight.request_id) is flight:
+            del self._flights[flight.request_id]
+            self._fail(flight.request_id, superseded())
 
     def _end(self, flight: Flight) -> None:
         self._flights.pop(flight.request_id, None)

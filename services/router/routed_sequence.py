@@ -48,7 +48,7 @@ class RoutedSequence:
             need=Need(tokens=len(spec.prompt_token_ids) + output_tokens, remaining_output_tokens=remaining),
             deadline_s=min(deadline_s, self._flight.deadline_s),
             priority=spec.priority,
-            started=output_tokens > 0,
+            started=self._flight.started,
             avoid=frozenset(self.avoid),
             estimate=estimate,
         )

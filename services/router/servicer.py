@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from services.router.flight import Flight
 from services.router.many import ManyRequests
 from services.router.model import ServedModel
 from services.router.pieces import piece_pb
@@ -35,20 +37,39 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        router = self._router
         ready = asyncio.Event()
-        flight = router.open(
+        flight = self._router.open(
             request,
             timeout_s=context.time_remaining(),
             on_ready=lambda _: ready.set(),
             parent=context_of_call(context.invocation_metadata()),
         )
+        async with aclosing(self._messages(flight, ready, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Resume(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.ResumeRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        check_request_id(request.request_id)
+        ready = asyncio.Event()
+        flight = await self._router.resume(request.request_id, offset=request.offset, on_ready=lambda _: ready.set())
+        async with aclosing(self._messages(flight, ready, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def _messages(
+        self, flight: Flight, ready: asyncio.Event, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        """What one stream of a client gets of a request, to its end, or until another stream of it follows."""
+        router, reader = self._router, flight.reader
         # A client that goes away while a write waits for it is noticed here first.
-        context.add_done_callback(lambda _: router.close(flight))  # type: ignore[arg-type] # the stub has no protocol
+        context.add_done_callback(lambda _: router.close(flight, reader))  # type: ignore[arg-type] # stub lacks it
         try:
             while True:
                 await ready.wait()
                 ready.clear()
+                flight.check_reader(reader)
                 piece = flight.take()
                 if piece is not None:
                     yield piece_pb(flight, piece)
@@ -56,11 +77,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         return
                 if flight.error is not None:
                     # What came during the write was before the error.
+                    flight.check_reader(reader)
                     if (last := flight.take()) is not None:
                         yield piece_pb(flight, last)
                     raise flight.error
         finally:
-            router.close(flight)
+            router.close(flight, reader)
 
     async def GenerateMany(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[inference_pb2.GenerateManyRequest], context: Context

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -23,6 +24,7 @@ MAX_CHAT_MESSAGES = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_COALESCE_WINDOW_S = 1.0
+MAX_RESUME_WINDOW_S = 300.0
 MAX_PRIORITY = 100
 ROLES = ("system", "user", "assistant")
 
@@ -58,6 +60,9 @@ def check_request(request: inference_pb2.GenerateRequest, facts: ModelFacts) -> 
         raise bad_field("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY}, not {request.priority}")
     if request.HasField("coalesce_window"):
         duration_in(request.coalesce_window, "coalesce_window", 0.0, MAX_COALESCE_WINDOW_S)
+    if request.HasField("resume_window"):
+        duration_in(request.resume_window, "resume_window", 0.0, MAX_RESUME_WINDOW_S)
+    _check_token_ids("output_token_ids", request.output_token_ids, facts)
 
 
 def check_length(
@@ -81,6 +86,11 @@ def check_length(
                 f"is {max_output_tokens}, but the context of {facts.context_tokens} tokens leaves {room} after the "
                 f"prompt's {prompt_tokens}; leave it unset for as many as fit",
             )
+    if len(request.output_token_ids) > max_output_tokens:
+        raise bad_field(
+            "output_token_ids",
+            f"has {len(request.output_token_ids)} tokens, more than the answer's {max_output_tokens}",
+        )
     return SamplingParams(
         max_output_tokens=max_output_tokens,
         temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
@@ -120,16 +130,18 @@ def _check_input(request: inference_pb2.GenerateRequest, facts: ModelFacts) -> N
             token_ids = request.token_ids.token_ids
             if not token_ids:
                 raise bad_field("token_ids.token_ids", "is empty; send at least one token")
-            # Before the look at each of them: a message holds millions, and the event loop waits meanwhile.
-            if len(token_ids) >= facts.context_tokens:
-                raise _too_long("token_ids.token_ids", len(token_ids), facts)
-            for index, token_id in enumerate(token_ids):
-                if not 0 <= token_id < facts.vocabulary_tokens:
-                    raise bad_field(
-                        f"token_ids.token_ids[{index}]", f"is {token_id}; must be 0 to {facts.vocabulary_tokens - 1}"
-                    )
+            _check_token_ids("token_ids.token_ids", token_ids, facts)
         case _:
             raise bad_field("input", "is not set; set one of text, chat and token_ids")
+
+
+def _check_token_ids(field: str, token_ids: Sequence[int], facts: ModelFacts) -> None:
+    # Before the look at each of them: a message holds millions, and the event loop waits meanwhile.
+    if len(token_ids) >= facts.context_tokens:
+        raise _too_long(field, len(token_ids), facts)
+    for index, token_id in enumerate(token_ids):
+        if not 0 <= token_id < facts.vocabulary_tokens:
+            raise bad_field(f"{field}[{index}]", f"is {token_id}; must be 0 to {facts.vocabulary_tokens - 1}")
 
 
 def _too_long(field: str, prompt_tokens: int, facts: ModelFacts) -> StatusError:
