@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from opentelemetry.context import Context
+from opentelemetry.trace import Span
 
 from services.decode.config import EvacuationConfig
 from services.decode.migration_progress import MigrationProgress
@@ -27,7 +28,7 @@ from starmesh.policy.evacuation import drain_plan, relief_plan
 from starmesh.policy.rescheduling import Plan, PlanMemory
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import traceparent_of, tracer
+from starmesh.telemetry.setup import link_to, span, traceparent_of
 from starmesh.types import ClusterView, InstanceLoad, InstanceState, Migration
 
 log = logging.getLogger(__name__)
@@ -116,19 +117,19 @@ class Evacuator:
             names.MIGRATIONS: len(plan.migrations),
             names.MIGRATION_REASON: plan.migrations[0].reason.value,
         }
-        # A trace of its own, as a round of the rescheduler: the migrations link to it.
-        with tracer().start_as_current_span(names.SPAN_EVACUATION, Context(), attributes=attributes) as span:
+        # A trace of its own, as a round of the rescheduler: the migrations link to it, and it to them.
+        with span(names.SPAN_EVACUATION, Context(), attributes=attributes) as current:
             for migration in plan.migrations:
-                self._move(migration, addresses[migration.target], traceparent_of(span))
+                self._move(migration, addresses[migration.target], current)
 
-    def _move(self, migration: Migration, address: str, traceparent: str) -> None:
+    def _move(self, migration: Migration, address: str, current: Span) -> None:
         asked = MoveAsked(
             request_id=migration.request_id,
             target_id=migration.target,
             address=address,
             reason=migration.reason,
             epoch=migration.epoch,
-            traceparent=traceparent,
+            traceparent=traceparent_of(current),
         )
         try:
             begun = self._migrator.migrate(asked)
@@ -137,6 +138,7 @@ class Evacuator:
             log.debug("%s is not moved to %s: %s", migration.request_id, migration.target, error)
             self._memory = self._memory.withdrawn(migration.request_id)
             return
+        link_to(current, begun.traceparent)
         self._instance.background(self._remember(migration, begun.outcome()))
 
     async def _remember(self, migration: Migration, ending: Coroutine[Any, Any, MigrationProgress]) -> None:

@@ -39,3 +39,4 @@ async def hand_off(instance: Instance, spec: SequenceSpec, ticket: KvTicket, spa
         raise StatusError(grpc.StatusCode.ABORTED, f"pulling KV from {ticket.instance_id}: {error}") from None
     span.set_attribute(names.TRANSFER_BACKEND, result.backend.value)
     span.set_attribute(names.TRANSFER_BYTES, result.bytes)
+    span.set_attribute(names.TRANSFER_BLOCKS, len(ticket.block_ids))

@@ -25,7 +25,7 @@ MAX_FOLLOWERS = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationProgress:
     """As MigrateResponse tells it. ``copied_blocks`` are at the target, ``transfer_bytes`` were pulled for it;
-    ``frozen_s`` is how long the sequence has been in no batch, 0 before the end."""
+    ``frozen_s`` is how long the sequence has been in no batch, 0 before the end. ``traceparent`` is of its span."""
 
     reservation_id: str
     target_id: str
@@ -36,6 +36,7 @@ class MigrationProgress:
     cause: Cause | None = None
     refusal: Refusal | None = None
     frozen_s: float = 0.0
+    traceparent: str = ""
 
     def __str__(self) -> str:
         why = self.refusal or self.cause
@@ -64,6 +65,7 @@ class MigrationProgress:
             refusal=convert_migration.refusal_pb(self.refusal),
             frozen_duration=convert.duration_pb(self.frozen_s) if self.over else None,
             target_instance_id=self.target_id,
+            traceparent=self.traceparent,
         )
 
 

@@ -216,6 +216,7 @@ class PredictorLink:
                     output_tokens=sample.output_tokens,
                     hidden_state=sample.hidden_state,
                     previous=None if sample.previous is None else convert.estimate_pb(sample.previous),
+                    traceparent=sample.traceparent,
                 )
                 for sample in samples
             ],

@@ -103,6 +103,7 @@ class RemainingTokens:
                 output_tokens=output_tokens,
                 hidden_state=hidden_state,
                 previous=running.estimate,
+                traceparent=running.traceparent,
             )
         )
         self.link.wake()

@@ -20,7 +20,7 @@ from starmesh.engine.engine import SequenceOutput
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import context_of, tracer
+from starmesh.telemetry.setup import context_of, note_failure, tracer
 from starmesh.types import FinishReason, Ownership, RemainingEstimate, SequenceSpec
 from starmesh.v1 import decode_pb2, sequence_pb2
 
@@ -144,12 +144,14 @@ class RunningSequence:
             names.SPAN_DECODE, context_of(self.traceparent), attributes=self.attributes(instance_id)
         )
 
-    def end_span(self, reason: FinishReason | None) -> None:
-        """It does not any more."""
+    def end_span(self, reason: FinishReason | None, *, failed: bool) -> None:
+        """It does not any more: it ended for ``reason``, ``failed`` here, or moved."""
         if self.span is not None:
             self.span.set_attribute(names.OUTPUT_TOKENS, len(self.token_ids))
             if reason is not None:
                 self.span.set_attribute(names.FINISH_REASONS, [reason.value])
+            if failed:
+                note_failure(self.span, grpc.StatusCode.ABORTED.name)
             self.span.end()
 
     def attributes(self, instance_id: str) -> dict[str, str | int]:

@@ -15,13 +15,14 @@ from starmesh.types import FinishReason, RemainingEstimate
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A sequence at its ``output_tokens``-th output token. ``hidden_state`` is packed; ``previous`` is the estimate
-    that there was."""
+    that there was; ``traceparent`` is the request's trace context."""
 
     request_id: str
     prompt_tokens: int
     output_tokens: int
     hidden_state: bytes
     previous: RemainingEstimate | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,8 @@ class SourceMigration:
         self._abort: Cause | None = None
         self._calls: set[asyncio.Task[None]] = set()
         self._span = spans.begin_source(terms, request=running.traceparent, command=traceparent)
+        self.traceparent = traceparent_of(self._span)
+        """For whoever asked for it, to link to."""
         # The first of its calls into the engine: what later ones find is compared with it.
         self._instance.background(self._note_preemptions())
         blocks = -(-running.tokens // self._instance.layout.block_tokens)
@@ -154,7 +156,7 @@ class SourceMigration:
             layout=self._instance.layout,
             source_address=info.address,
             request_traceparent=self._running.traceparent,
-            traceparent=traceparent_of(self._span),
+            traceparent=self.traceparent,
         )
         if answer is None:
             self.on(events.NoAnswer())
@@ -256,6 +258,7 @@ class SourceMigration:
             cause=end.cause,
             refusal=end.refusal,
             frozen_s=frozen_s,
+            traceparent=self.traceparent,
         )
 
     def _finish(self) -> None:

@@ -24,7 +24,7 @@ from starmesh.instance.intake import check_sequence
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import context_of, tracer
+from starmesh.telemetry.setup import context_of, span
 from starmesh.types import (
     FinishReason,
     HiddenLayout,
@@ -148,7 +148,7 @@ class DecodeWorker:
             if running.link is None:
                 running.end = message
             else:
-                self._end(running, output.finish_reason)
+                self._end(running, output.finish_reason, failed=output.error is not None)
                 self.migrator.outgoing.finished(running.request_id)
 
     async def close(self) -> None:
@@ -199,7 +199,7 @@ class DecodeWorker:
         running = self._running.get(request_id)
         if running is not None and running.epoch == epoch:
             self._put(running, running.failure(StatusError(grpc.StatusCode.ABORTED, "it could not go on here")))
-            self._end(running)
+            self._end(running, failed=True)
 
     def forget(self, request_id: str, epoch: int) -> None:
         """Forget it without a word."""
@@ -229,8 +229,8 @@ class DecodeWorker:
         try:
             if running.before:
                 await asyncio.wait(running.before)
-            with tracer().start_as_current_span(names.SPAN_HANDOFF, context, attributes=attributes) as span:
-                await hand_off(self.instance, spec, ticket, span)
+            with span(names.SPAN_HANDOFF, context, attributes=attributes) as current:
+                await hand_off(self.instance, spec, ticket, current)
             # Before the start: a sequence may end with its first step, before this has heard that it runs.
             running.begin_span(self.instance.instance_id)
             self.remaining.begun(running, prefilled_tokens=ticket.resident_tokens, hidden_state=hidden_state)
@@ -247,7 +247,7 @@ class DecodeWorker:
         await self._free(running)
         if self._running.get(running.request_id) is running:
             self._put(running, running.failure(error))
-            self._end(running)
+            self._end(running, failed=True)
 
     def _put(self, running: RunningSequence, message: sequence_pb2.SequenceOutput) -> None:
         # Without a router it waits in ``token_ids`` and ``end``.
@@ -290,7 +290,7 @@ class DecodeWorker:
                 await asyncio.wait([before])
         await self._free(running)
 
-    def _end(self, running: RunningSequence, reason: FinishReason | None = None) -> None:
+    def _end(self, running: RunningSequence, reason: FinishReason | None = None, *, failed: bool = False) -> None:
         """Forget a sequence."""
         if self._running.get(running.request_id) is running:
             del self._running[running.request_id]
@@ -300,7 +300,7 @@ class DecodeWorker:
             running.deadline.cancel()
         if running.handoff is not None and running.handoff is not asyncio.current_task():
             running.handoff.cancel()
-        running.end_span(reason)
+        running.end_span(reason, failed=failed)
         self.instance.membership.report_soon()
 
     async def _free(self, running: RunningSequence) -> None:

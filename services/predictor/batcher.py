@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from services.predictor.forward_span import forward_span
 from services.predictor.intake import Samples
 from services.predictor.metrics import PredictorMetrics
 from services.predictor.outcomes import Outcome
@@ -55,16 +56,18 @@ class _Call:
     done: asyncio.Future[None]
     predicted: Floats
     answered: Floats
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
     """The ``rows`` of a call that were answered, [k], ascending: what the version said, [k, 2], and the same corrected,
-    in whole tokens."""
+    in whole tokens. ``traceparent`` is the last forward's trace context."""
 
     rows: npt.NDArray[np.int64]
     predicted: Floats
     answered: Floats
+    traceparent: str
 
 
 class Batcher:
@@ -119,7 +122,7 @@ class Batcher:
         rows = _answered_rows(call)
         if len(rows):
             self._metrics.answered(len(rows), self._clock.now_s() - call.arrived_s)
-        return Answers(rows, call.predicted[rows], call.answered[rows])
+        return Answers(rows, call.predicted[rows], call.answered[rows], call.traceparent)
 
     def learn(self, outcome: Outcome) -> None:
         """Learn from an outcome before the next forward."""
@@ -144,8 +147,9 @@ class Batcher:
                 by_call = _by_call(rows)
                 self._note_batch(by_call)
                 try:
-                    found = await loop.run_in_executor(self._thread, self._forward, outcomes, version, by_call)
-                    self._deliver(by_call, *found)
+                    with forward_span(version, [(call.samples, rows) for call, rows in by_call]) as traceparent:
+                        found = await loop.run_in_executor(self._thread, self._forward, outcomes, version, by_call)
+                    self._deliver(by_call, *found, traceparent)
                     self._broken = None if by_call else self._broken
                 except Exception as error:
                     self._fail(version, by_call, error)
@@ -202,9 +206,12 @@ class Batcher:
             hidden_states=states, averaged_states=np.stack(averages), prompt_tokens=prompts, output_tokens=outputs
         )
 
-    def _deliver(self, by_call: list[tuple[_Call, list[int]]], predicted: Floats, answered: Floats) -> None:
+    def _deliver(
+        self, by_call: list[tuple[_Call, list[int]]], predicted: Floats, answered: Floats, traceparent: str
+    ) -> None:
         start = 0
         for call, rows in by_call:
+            call.traceparent = traceparent
             there = slice(start, start + len(rows))
             start += len(rows)
             # A row that is not a number says nothing; its call goes on without it.

@@ -31,13 +31,14 @@ _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 @dataclass(frozen=True, slots=True)
 class Samples:
     """The samples of a call, n of them, at least one. ``hidden_states`` is [n, layers, width] float16,
-    ``prompt_tokens`` and ``output_tokens`` are [n]."""
+    ``prompt_tokens`` and ``output_tokens`` are [n]. ``traceparents`` are the requests' trace contexts, as sent."""
 
     layout: HiddenLayout
     request_ids: tuple[str, ...]
     hidden_states: npt.NDArray[np.float16]
     prompt_tokens: Integers
     output_tokens: Integers
+    traceparents: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -88,6 +89,7 @@ def samples_of(request: predictor_pb2.PredictRequest) -> Samples | None:
         hidden_states=states.reshape(count, len(layout.layers), layout.width),
         prompt_tokens=np.array([sample.prompt_tokens for sample in request.samples], dtype=np.int64),
         output_tokens=np.array([sample.output_tokens for sample in request.samples], dtype=np.int64),
+        traceparents=tuple(sample.traceparent for sample in request.samples),
     )
 
 

@@ -27,10 +27,12 @@ MAX_WAIT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The estimates of a call's samples, by row, ascending; rows that were dropped are missing."""
+    """The estimates of a call's samples, by row, ascending; rows that were dropped are missing. ``traceparent`` is the
+    trace context of the forward that made the last of them."""
 
     estimates: dict[int, RemainingEstimate]
     version: str
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class PredictorService:
                     answered=answered,
                 )
                 estimates[row] = RemainingEstimate(positions[row], int(answered[0]), int(answered[1]))
-            return Prediction(estimates, version.name)
+            return Prediction(estimates, version.name, answers.traceparent)
         finally:
             # After the samples: they may be of the same sequences.
             for end in ends:

@@ -62,6 +62,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
                 for row, estimate in prediction.estimates.items()
             ],
             version=prediction.version,
+            traceparent=prediction.traceparent,
         )
 
     async def GetPredictor(  # noqa: N802 - gRPC's name

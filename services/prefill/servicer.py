@@ -12,7 +12,7 @@ from starmesh.instance.intake import check_sequence
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import context_of_call, tracer
+from starmesh.telemetry.setup import context_of_call, span
 from starmesh.transfer.lease import LeaseTableFull
 from starmesh.v1 import prefill_pb2, prefill_pb2_grpc
 
@@ -36,11 +36,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         check_sequence(spec)
         attributes = {names.REQUEST_ID: spec.request_id, names.INSTANCE_ID: self._instance_id}
         trace = context_of_call(context.invocation_metadata())
-        with tracer().start_as_current_span(
-            names.SPAN_PREFILL, trace, kind=SpanKind.SERVER, attributes=attributes
-        ) as span:
-            span.set_attribute(names.EPOCH, spec.epoch)
-            span.set_attribute(names.INPUT_TOKENS, spec.tokens)
+        with span(names.SPAN_PREFILL, trace, kind=SpanKind.SERVER, attributes=attributes) as current:
+            current.set_attribute(names.EPOCH, spec.epoch)
+            current.set_attribute(names.INPUT_TOKENS, spec.tokens)
             try:
                 done = await self._worker.prefill(spec, request.model_revision)
             except Draining:
@@ -59,7 +57,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 ) from None
             except PrefillFailed as error:
                 raise StatusError(grpc.StatusCode.ABORTED, str(error)) from None
-            span.set_attribute(names.CACHED_TOKENS, done.cached_tokens)
+            current.set_attribute(names.CACHED_TOKENS, done.cached_tokens)
+            current.set_attribute(names.QUEUE_S, done.queue_duration_s)
         return prefill_pb2.PrefillResponse(
             token_id=done.token_id,
             finish_reason=convert.finish_reason_pb(done.finish_reason),

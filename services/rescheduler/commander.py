@@ -14,12 +14,15 @@ from typing import Final
 
 import grpc
 import grpc.aio
+from opentelemetry.trace import Span, SpanKind
 
 from services.rescheduler.ending import Ending, Outcome, is_end, of_progress, of_status
 from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.convert_migration import reason_pb
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import from_rpc_error
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import address_attributes, context_of, link_to, span, traceparent_of
 from starmesh.types import ClusterView, Migration, Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc
 
@@ -38,15 +41,15 @@ class Order:
     term: int
     traceparent: str
 
-    def request(self) -> decode_pb2.MigrateRequest:
-        """What the source is told."""
+    def request(self, traceparent: str) -> decode_pb2.MigrateRequest:
+        """What the source is told; ``traceparent`` is the command's."""
         return decode_pb2.MigrateRequest(
             request_id=self.migration.request_id,
             epoch=self.migration.epoch,
             target_instance_id=self.migration.target,
             target_address=self.target_address,
             reason=reason_pb(self.migration.reason),
-            traceparent=self.traceparent,
+            traceparent=traceparent,
             leader_term=self.term,
         )
 
@@ -115,7 +118,7 @@ class Commander:
         migration, began_s = order.migration, self._loop.time()
         try:
             async with asyncio.timeout(self._timeout_s):
-                outcome, what = await self._outcome(order)
+                outcome, what = await self._command(order)
         except TimeoutError:
             outcome, what = Outcome.FAILED, f"its source told no end within {self._timeout_s:g} s"
         except Exception:
@@ -132,16 +135,37 @@ class Commander:
             *(ending.duration_s, ending.what),
         )
 
-    async def _outcome(self, order: Order) -> tuple[Outcome, str]:
+    async def _command(self, order: Order) -> tuple[Outcome, str]:
+        """Command it, in a span below the round's."""
+        migration = order.migration
+        attributes = {
+            names.REQUEST_ID: migration.request_id,
+            names.EPOCH: migration.epoch,
+            names.SOURCE_INSTANCE: migration.source,
+            names.TARGET_INSTANCE: migration.target,
+            names.MIGRATION_REASON: migration.reason.value,
+            **address_attributes(order.source_address),
+        }
+        with span(
+            names.SPAN_COMMAND, context_of(order.traceparent), kind=SpanKind.CLIENT, attributes=attributes
+        ) as current:
+            outcome, what = await self._outcome(order, current)
+            current.set_attribute(names.MIGRATION_OUTCOME, outcome.value)
+        return outcome, what
+
+    async def _outcome(self, order: Order, current: Span) -> tuple[Outcome, str]:
         """Ask until the source has told the end. What a broken call was about may be under way: asking again follows
         it."""
+        request = order.request(traceparent_of(current))
         begun = False
         attempt = 1
         while True:
             stub = decode_pb2_grpc.DecodeServiceStub(self._channels.get(order.source_address))
-            call = stub.Migrate(order.request(), timeout=self._timeout_s)
+            call = stub.Migrate(request, timeout=self._timeout_s)
             try:
                 async for progress in call:
+                    if not begun:
+                        link_to(current, progress.traceparent)
                     begun = True
                     if is_end(progress):
                         return of_progress(progress)

@@ -28,7 +28,7 @@ from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, p
 from starmesh.policy.rescheduling.record import RecordedRound
 from starmesh.rpc.credentials import Credentials
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import traceparent_of, tracer
+from starmesh.telemetry.setup import span, traceparent_of
 from starmesh.types import ClusterView, Role
 
 log = logging.getLogger(__name__)
@@ -103,19 +103,19 @@ class Rescheduler:
             self._shown.ended(ending)
             self.memory = remembered(self.memory, ending, now_s=view.now_s, config=self._config)
         # A trace of its own: it belongs to none of the requests that it moves, and they link to it.
-        with tracer().start_as_current_span(names.SPAN_ROUND, Context()) as span:
+        with span(names.SPAN_ROUND, Context()) as current:
             before = self.memory
             decided = await self._plan(view)
             if self._recorder is not None and view.of_role(Role.DECODE):
                 self._recorder.add(RecordedRound(view, before, self._config, decided))
-            _describe(span, term, view, decided)
+            _describe(current, term, view, decided)
             if decided.migrations:
                 await self._enter(await self._lead.ask())
                 if self._term != term:
                     return None
             self.memory = decided.memory
             await self._commander.retain((entry.migration for entry in self.memory.in_flight), view)
-            self._issue(view, decided, term, traceparent_of(span))
+            self._issue(view, decided, term, traceparent_of(current))
         await self._shown.add(term, view, decided)
         return decided
 

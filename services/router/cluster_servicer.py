@@ -10,18 +10,21 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
+from opentelemetry.trace import Span, SpanKind
 
 from services.router.cluster_predictor import promote_version, read_predictor
 from services.router.ledger_watch import LedgerWatch
-from services.router.operator_moves import follow_move, plan_move
+from services.router.operator_moves import Move, follow_move, plan_move
 from services.router.owners import Owners
 from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
-from starmesh.rpc import convert
+from starmesh.rpc import convert, convert_migration
 from starmesh.rpc.channels import open_channel
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, bad_field, retry_later
-from starmesh.types import ClusterView, Role
+from starmesh.telemetry import names
+from starmesh.telemetry.setup import address_attributes, context_of_call, link_to, note_failure, traceparent_of, tracer
+from starmesh.types import ClusterView, MigrationReason, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -115,12 +118,24 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         view = await self._watch.refresh()
         owner = await self._owners.find(request.request_id)
         move = plan_move(view, owner, request.request_id, request.target_instance_id)
-        headers = dict(context.invocation_metadata() or ())
-        order = move.order(traceparent=str(headers.get("traceparent", "")))
         source_id = move.source.instance_id
+        command = _begin_command(move, context)
         # A caller that goes ends this call with its own; the migration goes on.
-        async for progress in follow_move(move, order, self._credentials, timeout_s=context.time_remaining()):
-            yield cluster_pb2.MigrateSequenceResponse(source_instance_id=source_id, progress=progress)
+        try:
+            linked = False
+            order = move.order(traceparent=traceparent_of(command))
+            async for progress in follow_move(move, order, self._credentials, timeout_s=context.time_remaining()):
+                if not linked:
+                    link_to(command, progress.traceparent)
+                    linked = True
+                # The last one stays.
+                command.set_attribute(names.MIGRATION_OUTCOME, convert_migration.stage_words(progress.stage))
+                yield cluster_pb2.MigrateSequenceResponse(source_instance_id=source_id, progress=progress)
+        except StatusError as error:
+            note_failure(command, error.code.name)
+            raise
+        finally:
+            command.end()
 
     async def GetClusterPredictor(  # noqa: N802 - gRPC's name
         self, request: cluster_pb2.GetClusterPredictorRequest, context: Context
@@ -135,6 +150,24 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         await self._watch.refresh()
         predictor = self._watch.find_predictor()
         return await promote_version(predictor, self._credentials, request.version, timeout_s=context.time_remaining())
+
+
+def _begin_command(move: Move, context: Context) -> Span:
+    """Not made the current one: what is current would be ended in another context when a caller leaves during a
+    write."""
+    return tracer().start_span(
+        names.SPAN_COMMAND,
+        context_of_call(context.invocation_metadata()),
+        kind=SpanKind.SERVER,
+        attributes={
+            names.REQUEST_ID: move.request_id,
+            names.EPOCH: move.epoch,
+            names.SOURCE_INSTANCE: move.source.instance_id,
+            names.TARGET_INSTANCE: move.target.instance_id,
+            names.MIGRATION_REASON: MigrationReason.OPERATOR.value,
+            **address_attributes(move.source.address),
+        },
+    )
 
 
 def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:

@@ -26,7 +26,7 @@ from starmesh.policy.dispatch import (
     NoPlacement,
 )
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import tracer
+from starmesh.telemetry.setup import span
 from starmesh.types import InstanceInfo, KvLayout
 
 # Instances to ask in one turn when each has just filled up; then the next view says more.
@@ -68,13 +68,13 @@ class Dispatcher:
     async def place(self, demand: Demand) -> Placement:
         """Choose a prefill and a decode instance and reserve on the latter, in turn with those that wait already.
         Releases what the request had reserved elsewhere. Raises NotPlaced."""
-        with tracer().start_as_current_span(names.SPAN_DISPATCH, attributes={names.POLICY: self.policy_name}) as span:
-            span.set_attribute(names.REQUEST_ID, demand.request_id)
+        attributes = {names.REQUEST_ID: demand.request_id, names.POLICY: self.policy_name}
+        with span(names.SPAN_DISPATCH, attributes=attributes) as current:
             placement = None if self.queued_requests else await self._try(demand)
             if placement is None:
                 placement = await self._wait(demand)
-            span.set_attribute(names.PREFILL_INSTANCE, placement.prefill.instance_id)
-            span.set_attribute(names.DECODE_INSTANCE, placement.decode.instance_id)
+            current.set_attribute(names.PREFILL_INSTANCE, placement.prefill.instance_id)
+            current.set_attribute(names.DECODE_INSTANCE, placement.decode.instance_id)
             return placement
 
     async def place_decode(self, demand: Demand, *, layout: KvLayout) -> InstanceInfo:

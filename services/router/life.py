@@ -20,14 +20,15 @@ from services.router.flight import Broken, Ended, Flight, InstanceLost, Lost, Re
 from services.router.follower import Follower
 from services.router.parts import Parts
 from services.router.placement import NotPlaced
+from services.router.request_spans import asked_attributes, note_end
 from services.router.retries import NO_CAPACITY, Retries
 from services.router.routed_sequence import RoutedSequence
 from services.router.validation import check_length
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import tracer
-from starmesh.types import InstanceInfo, SequenceSpec
+from starmesh.telemetry.setup import span
+from starmesh.types import FinishReason, InstanceInfo, SequenceSpec
 from starmesh.v1 import inference_pb2, prefill_pb2
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Life:
         self._sequence: RoutedSequence
         self._eos_token_ids: frozenset[int] = frozenset()
         self._recovering = False
+        self._lost = ""
+        self._span: trace.Span = trace.INVALID_SPAN
+        self._began_s = self._loop.time()
         settings = parts.settings
         give_up_s = self._loop.time() + settings.queue_timeout_s
         self._retries = Retries(max_failures=settings.max_recoveries, give_up_s=give_up_s)
@@ -56,13 +60,10 @@ class Life:
     async def run(self, parent: Context) -> None:
         """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
         request is left."""
-        flight = self._flight
-        attributes = {names.REQUEST_ID: flight.request_id, names.OPERATION: "text_completion"}
+        flight, model = self._flight, self._parts.model.name
+        attributes = {names.REQUEST_ID: flight.request_id, **asked_attributes(self._request, model)}
         try:
-            with tracer().start_as_current_span(
-                names.SPAN_GENERATE, parent, kind=trace.SpanKind.SERVER, attributes=attributes
-            ) as span:
-                span.set_attribute(names.MODEL, self._parts.model.name)
+            with span(names.SPAN_GENERATE, parent, kind=trace.SpanKind.SERVER, attributes=attributes) as self._span:
                 try:
                     async with asyncio.timeout_at(flight.deadline_s):
                         await self._prepare()
@@ -71,8 +72,12 @@ class Life:
                     flight.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline passed"))
                 except StatusError as error:
                     flight.fail(error)
+                except asyncio.CancelledError:
+                    if not flight.ended:  # nobody listens any more
+                        self._span.set_attribute(names.FINISH_REASONS, [FinishReason.CANCELLED.value])
+                    raise
                 finally:
-                    self._describe(span)
+                    note_end(self._span, flight, model)
         except Exception:
             log.exception("request %s failed", flight.request_id)
             flight.fail(StatusError(grpc.StatusCode.INTERNAL, "internal error; the router's log has it"))
@@ -111,7 +116,7 @@ class Life:
             except InstanceLost as error:
                 log.warning("request %s lost %s", flight.request_id, error)
                 self._parts.dispatcher.suspect(error.instance_id)
-                self._recovering = True
+                self._recovering, self._lost = True, error.instance_id
                 self._retries.after_failure()  # no wait: this instance is not asked again
             except NotPlaced:
                 raise
@@ -124,8 +129,11 @@ class Life:
         if self._recovering:
             self._recovering = False
             flight.recoveries += 1
-            with tracer().start_as_current_span(names.SPAN_RECOVERY) as recovery:
+            with span(names.SPAN_RECOVERY, attributes={names.REQUEST_ID: flight.request_id}) as recovery:
                 recovery.set_attribute(names.RECOVERIES, flight.recoveries)
+                if self._lost:
+                    recovery.set_attribute(names.LOST_INSTANCE, self._lost)
+                self._lost = ""
                 instance, prefilled = await self._prefill()
         else:
             instance, prefilled = await self._prefill()
@@ -158,7 +166,8 @@ class Life:
             parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
         if first:
             flight.cached_tokens = response.cached_tokens
-            trace.get_current_span().add_event(names.EVENT_FIRST_TOKEN)
+            self._span.add_event(names.EVENT_FIRST_TOKEN)
+            self._span.set_attribute(names.TIME_TO_FIRST_CHUNK, self._loop.time() - self._began_s)
         flight.accept(epoch, output_tokens, [response.token_id], convert.finish_reason(response.finish_reason))
         return placement.decode, response
 
@@ -168,16 +177,17 @@ class Life:
         flight, parts = self._flight, self._parts
         if not parts.dispatcher.uses_estimates or self._sequence.spec.sampling.ignore_eos:
             return instance
-        with tracer().start_as_current_span(names.SPAN_ESTIMATE) as span:
+        attributes = {names.REQUEST_ID: flight.request_id}
+        with span(names.SPAN_ESTIMATE, kind=trace.SpanKind.CLIENT, attributes=attributes) as current:
             estimate = self._sequence.estimate = await parts.predictions.ask(self._sequence.spec, prefilled)
             if estimate is None:
                 return instance
-            span.set_attribute(names.REMAINING_TOKENS, estimate.remaining_tokens)
+            current.set_attribute(names.REMAINING_TOKENS, estimate.remaining_tokens)
             layout = convert.layout(prefilled.ticket.layout)
             better = await parts.dispatcher.place_better(self._sequence.demand(flight.deadline_s), layout=layout)
             if better is None:
                 return instance
-            span.set_attribute(names.DECODE_INSTANCE, better.instance_id)
+            current.set_attribute(names.DECODE_INSTANCE, better.instance_id)
             self._sequence.claimed(await parts.owners.claim(flight.request_id, better.instance_id))
             return better
 
@@ -245,18 +255,6 @@ class Life:
     async def _wait_for_room(self, error: StatusError) -> None:
         started = self._flight.started
         await asyncio.sleep(self._retries.after_refusal(error, self._loop.time(), started=started))
-
-    def _describe(self, span: trace.Span) -> None:
-        flight = self._flight
-        span.set_attribute(names.INPUT_TOKENS, flight.prompt_tokens)
-        span.set_attribute(names.OUTPUT_TOKENS, len(flight.stream.token_ids))
-        span.set_attribute(names.CACHED_TOKENS, flight.cached_tokens)
-        span.set_attribute(names.RECOVERIES, flight.recoveries)
-        span.set_attribute(names.MIGRATIONS, flight.migrations)
-        if flight.stream.finish_reason is not None:
-            span.set_attribute(names.FINISH_REASONS, [flight.stream.finish_reason.value])
-        if flight.error is not None:
-            span.set_status(trace.Status(trace.StatusCode.ERROR, flight.error.code.name))
 
     async def _clean_up(self) -> None:
         request_id = self._flight.request_id

@@ -19,6 +19,7 @@ from services.router.pieces import piece_pb
 from services.router.router import Router
 from services.router.validation import check_request_id, duration_in
 from starmesh.rpc.status import StatusError, bad_field, retry_later
+from starmesh.telemetry.setup import context_of
 from starmesh.v1 import inference_pb2
 
 # Keeps a message that follows a long pause of the client far below the size limit: a token and its text take some 10
@@ -108,7 +109,8 @@ class ManyRequests:
         if request.HasField("timeout"):
             own_s = duration_in(request.timeout, "timeout", 0.0, _MAX_TIMEOUT_S)
             timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
-        flight = self._router.open(generate, timeout_s=timeout_s, on_ready=self._mark, parent=self._parent)
+        parent = context_of(request.traceparent) if request.traceparent else self._parent
+        flight = self._router.open(generate, timeout_s=timeout_s, on_ready=self._mark, parent=parent)
         self._flights[flight.request_id] = flight
 
     def _mark(self, flight: Flight) -> None:

@@ -12,10 +12,12 @@ import logging
 from collections.abc import Callable
 
 import grpc.aio
+from opentelemetry import trace
 
 from starmesh.rpc import convert
 from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.credentials import Credentials
+from starmesh.telemetry.setup import address_attributes, current_traceparent, link_to
 from starmesh.types import InstanceInfo, RemainingEstimate, SequenceSpec
 from starmesh.v1 import predictor_pb2, predictor_pb2_grpc, prefill_pb2
 
@@ -59,11 +61,13 @@ class Predictions:
             prompt_tokens=len(spec.prompt_token_ids),
             output_tokens=position,
             hidden_state=prefilled.hidden_state,
+            traceparent=current_traceparent(),
         )
         request = predictor_pb2.PredictRequest(
             instance_id=self._instance_id, layout=prefilled.hidden_layout, samples=[sample]
         )
         stub = predictor_pb2_grpc.PredictorServiceStub(self._channels.get(predictor.address))
+        trace.get_current_span().set_attributes(address_attributes(predictor.address))
         self._calls += 1
         try:
             answer = await stub.Predict(request, timeout=self._timeout_s)
@@ -75,6 +79,7 @@ class Predictions:
         if self._failed == predictor.incarnation:
             self._failed = ""
             log.info("the predictor %s answers again", predictor.instance_id)
+        link_to(trace.get_current_span(), answer.traceparent)
         for found in answer.estimates:
             # One that was dropped is missing.
             if found.request_id == spec.request_id and found.estimate.output_tokens == position:

@@ -18,6 +18,7 @@ from services.router.flight import Flight
 from services.router.life import Life
 from services.router.owners import duplicate_id
 from services.router.parts import Parts
+from services.router.request_spans import refusals_noted
 from services.router.retries import RETRY_DELAY_S
 from services.router.validation import check_request
 from starmesh.rpc import convert
@@ -73,20 +74,11 @@ class Router:
         API key that was sent, if any is needed. Raises StatusError for what is wrong with the request as it stands, or
         with the time.
         """
-        if self.stopping.is_set():
-            raise retry_later(grpc.StatusCode.UNAVAILABLE, "this router is stopping; use another", RETRY_DELAY_S)
         settings, model = self._parts.settings, self._parts.model
-        check_request(request, model.facts(self._parts.watch.view))
         request_id = request.request_id or secrets.token_hex(12)
         former = self._entries.get(request_id)
-        if former is not None and not former.closed:
-            raise duplicate_id(request_id)
-        if len(self._entries) >= settings.max_requests:
-            raise retry_later(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"this router has {settings.max_requests} requests in flight; try again later",
-                RETRY_DELAY_S,
-            )
+        with refusals_noted(request, model.name, parent):
+            self._check_takes(request, former)
         duration_s = settings.max_duration_s if timeout_s is None else min(timeout_s, settings.max_duration_s)
         flight = Flight(
             request_id,
@@ -140,6 +132,21 @@ class Router:
             raise
         flight.serve(detokenizer, offset=offset)
         return flight
+
+    def _check_takes(self, request: inference_pb2.GenerateRequest, former: Entry | None) -> None:
+        """Raise StatusError for a request that is not taken in; ``former`` is another one of its id."""
+        if self.stopping.is_set():
+            raise retry_later(grpc.StatusCode.UNAVAILABLE, "this router is stopping; use another", RETRY_DELAY_S)
+        settings = self._parts.settings
+        check_request(request, self._parts.model.facts(self._parts.watch.view))
+        if former is not None and not former.closed:
+            raise duplicate_id(request.request_id)
+        if len(self._entries) >= settings.max_requests:
+            raise retry_later(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this router has {settings.max_requests} requests in flight; try again later",
+                RETRY_DELAY_S,
+            )
 
     def close(self, flight: Flight, reader: int = 0) -> None:
         """The client has had the last message, or is gone. Then whatever still runs is cancelled, unless there is a

@@ -89,6 +89,12 @@ def refusal(value: decode_pb2.MigrationRefusal.ValueType) -> Refusal | None:
     return _REFUSALS_BACK.get(value)
 
 
+def stage_words(value: decode_pb2.MigrationStage.ValueType) -> str:
+    """As ``cause_words``."""
+    known = value in decode_pb2.MigrationStage.values()
+    return decode_pb2.MigrationStage.Name(value).removeprefix("MIGRATION_STAGE_").lower() if known else str(int(value))
+
+
 def cause_words(value: decode_pb2.MigrationCause.ValueType) -> str:
     """For people; a newer peer's as its number."""
     known = cause(value)

@@ -19,6 +19,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starmesh.telemetry import names
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+# Asking the provider each time would cost as much as a span. Until there is one this stands for it, and does nothing.
+_TRACER = trace.get_tracer("starmesh")
 
 
 class TelemetryConfigError(Exception):
@@ -68,7 +70,7 @@ def make_provider(service: str, instance_id: str, exporter: SpanExporter) -> Tra
 
 def tracer() -> trace.Tracer:
     """The tracer of this process."""
-    return trace.get_tracer("starmesh")
+    return _TRACER
 
 
 @contextmanager

@@ -196,8 +196,7 @@ async def test_the_spans_of_a_move_are_in_the_requests_trace(cluster: Cluster, m
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    for module in ("running", "worker", "migration_spans"):
-        monkeypatch.setattr(f"services.decode.{module}.tracer", lambda: provider.get_tracer("test"))
+    monkeypatch.setattr("starmesh.telemetry.setup._TRACER", provider.get_tracer("test"))
     client, round_ = (provider.get_tracer("test").start_span(name) for name in ("client", "round"))
     request = await cluster.router.start(spec(limit=400), "A", traceparent=traceparent_of(client))
     assert (await cluster.migrate("a", "A", "B", traceparent=traceparent_of(round_)).outcome()).moved

@@ -18,6 +18,7 @@ from tests.rescheduler.conftest import Cluster, until
 from tests.rescheduler.peers import MOVED, hanging, progress, saying
 
 MOVE = Migration("a", "d0", "d1", 3, MigrationReason.PREDICTED_LOAD, 12.5)
+TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 STAYED, ENDED = decode_pb2.MIGRATION_STAGE_STAYED, decode_pb2.MIGRATION_STAGE_ENDED
 
 
@@ -31,7 +32,7 @@ async def commander(**options: float) -> AsyncIterator[Commander]:
 
 
 def order(mesh: Cluster, term: int = 7) -> Order:
-    return Order(MOVE, mesh.d0.address, mesh.d1.address, term, "00-trace")
+    return Order(MOVE, mesh.d0.address, mesh.d1.address, term, TRACEPARENT)
 
 
 async def ending(commanding: Commander) -> Ending:
@@ -61,7 +62,7 @@ async def test_the_source_is_told_all_that_it_needs(mesh: Cluster) -> None:
             target_instance_id="d1",
             target_address=mesh.d1.address,
             reason=decode_pb2.MIGRATION_REASON_PREDICTED_LOAD,
-            traceparent="00-trace",
+            traceparent=TRACEPARENT,
             leader_term=7,
         )
     ]
@@ -120,7 +121,7 @@ async def test_refused_commands_are_not_repeated(mesh: Cluster, code: grpc.Statu
 async def test_a_broken_call_is_taken_up_again(mesh: Cluster, broken: Any) -> None:
     found = await told(mesh, broken, broken, MOVED)
     assert found.outcome is Outcome.MOVED
-    assert mesh.d0.asked == [order(mesh).request()] * 3
+    assert mesh.d0.asked == [order(mesh).request(TRACEPARENT)] * 3
 
 
 async def test_it_is_not_taken_up_for_ever(mesh: Cluster) -> None:

@@ -374,7 +374,7 @@ async def test_a_move_is_an_event_of_the_requests_span(mesh: Mesh, monkeypatch: 
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("services.router.life.tracer", lambda: provider.get_tracer("test"))
+    monkeypatch.setattr("starmesh.telemetry.setup._TRACER", provider.get_tracer("test"))
     answer, source = await running(mesh)
     (target,) = others(mesh, source)
     await source.move("r", target)
