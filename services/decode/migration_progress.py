@@ -77,6 +77,11 @@ class ProgressLog:
         self._news = asyncio.Event()
         self._followers = 0
 
+    @property
+    def last(self) -> MigrationProgress:
+        """What was told last."""
+        return self._told[-1]
+
     def tell(self, progress: MigrationProgress) -> None:
         """Tell all followers, unless nothing has changed that they can see."""
         if self._told and self._told[-1].to_pb() == progress.to_pb():

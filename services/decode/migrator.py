@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.decode.claims import Claims
 from services.decode.config import MigratorConfig
 from services.decode.incoming import IncomingMigrations
+from services.decode.metrics import DecodeMetrics
 from services.decode.outgoing import MoveAsked, OutgoingMigrations
 from services.decode.running import Sequences
 from services.decode.source_migration import SourceMigration
@@ -14,9 +15,11 @@ from starmesh.instance.instance import Instance, MigrationCounts
 class Migrator:
     """Moves sequences out and takes others in. The worker's, which tells it what happens to them."""
 
-    def __init__(self, instance: Instance, sequences: Sequences, config: MigratorConfig) -> None:
+    def __init__(
+        self, instance: Instance, sequences: Sequences, config: MigratorConfig, metrics: DecodeMetrics
+    ) -> None:
         claims = Claims(instance.ledger, ttl_s=config.owner_ttl_s)
-        self.outgoing = OutgoingMigrations(instance, sequences, claims, config)
+        self.outgoing = OutgoingMigrations(instance, sequences, claims, config, metrics)
         self.incoming = IncomingMigrations(instance, sequences, claims, config)
 
     def __repr__(self) -> str:

@@ -6,6 +6,8 @@ Owns the registry of migrations away, their limit and the newest leader's term. 
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import secrets
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ import grpc
 
 from services.decode.claims import Claims
 from services.decode.config import MigratorConfig
+from services.decode.metrics import DecodeMetrics
 from services.decode.running import RunningSequence, Sequences
 from services.decode.source_migration import SourceMigration, SourceShell
 from services.decode.target_calls import TargetCalls
@@ -43,8 +46,12 @@ class MoveAsked:
 class OutgoingMigrations:
     """Begins migrations, and lets them hear of their sequences."""
 
-    def __init__(self, instance: Instance, sequences: Sequences, claims: Claims, config: MigratorConfig) -> None:
+    def __init__(
+        self, instance: Instance, sequences: Sequences, claims: Claims, config: MigratorConfig, metrics: DecodeMetrics
+    ) -> None:
         self._instance = instance
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
         self._sequences = sequences
         self._claims = claims
         self._config = config
@@ -138,14 +145,15 @@ class OutgoingMigrations:
             target=TargetCalls(address, terms, limits, self._instance.credentials),
             tell_moved=tell_moved,
             give_up=self._sequences.give_up,
-            on_end=self._ended,
+            on_end=functools.partial(self._ended, self._loop.time()),
         )
         migration = SourceMigration(shell, running, terms, limits, traceparent=asked.traceparent)
         self._migrations[running.request_id] = migration
         return migration
 
-    def _ended(self, migration: SourceMigration) -> None:
+    def _ended(self, began_s: float, migration: SourceMigration) -> None:
         del self._migrations[migration.terms.request_id]
+        self._metrics.migrated(migration.terms.reason, migration.progress.last, self._loop.time() - began_s)
         self._instance.membership.report_soon()
 
 

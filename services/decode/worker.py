@@ -15,6 +15,7 @@ import grpc
 from services.decode.config import MigratorConfig, PredictorConfig
 from services.decode.handoff import RETRY_DELAY_S, hand_off
 from services.decode.link import RouterLink
+from services.decode.metrics import DecodeMetrics
 from services.decode.migrator import Migrator
 from services.decode.remaining import RemainingTokens
 from services.decode.running import RunningSequence, WaitingRouter, failure, not_here
@@ -53,7 +54,9 @@ class DecodeWorker:
         self._running: dict[str, RunningSequence] = {}
         # Sequences that were stopped and whose blocks are not free yet, the newest of each request.
         self._freeing: dict[str, asyncio.Task[None]] = {}
-        self.migrator = Migrator(instance, self, config or MigratorConfig())
+        self._metrics = DecodeMetrics(instance.metrics, lambda: instance.last_load)
+        instance.on_pull = self._metrics.pulled
+        self.migrator = Migrator(instance, self, config or MigratorConfig(), self._metrics)
         instance.count_migrations = self.migrator.counts
         self.remaining = RemainingTokens(instance, self._running, predictor)
 
@@ -230,7 +233,7 @@ class DecodeWorker:
             if running.before:
                 await asyncio.wait(running.before)
             with span(names.SPAN_HANDOFF, context, attributes=attributes) as current:
-                await hand_off(self.instance, spec, ticket, current)
+                await self._metrics.measure_handoff(hand_off(self.instance, spec, ticket, current))
             # Before the start: a sequence may end with its first step, before this has heard that it runs.
             running.begin_span(self.instance.instance_id)
             self.remaining.begun(running, prefilled_tokens=ticket.resident_tokens, hidden_state=hidden_state)

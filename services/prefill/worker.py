@@ -7,8 +7,10 @@ decode instance that pulled it, or expired.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
+from services.prefill.metrics import PrefillMetrics
 from starmesh.engine.engine import EngineCore, SequenceOutput
 from starmesh.engine.scheduler import DuplicateRequest, SchedulingError
 from starmesh.instance.hidden_state import pack_hidden_state
@@ -48,6 +50,7 @@ class PrefillWorker:
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
+        self._metrics = PrefillMetrics(instance.metrics, lambda: instance.leases if instance.running else None)
         self._waiting: dict[tuple[str, int], asyncio.Future[SequenceOutput]] = {}
 
     def deliver(self, outputs: list[SequenceOutput]) -> None:
@@ -62,6 +65,21 @@ class PrefillWorker:
 
         Raises Draining, WrongModel, PrefillFailed, LeaseTableFull, and what ``EngineCore.add`` raises.
         """
+        began_s = time.monotonic()
+        try:
+            done = await self._prefill(spec, model_revision)
+        except BaseException as error:
+            self._metrics.failed(time.monotonic() - began_s, error)
+            raise
+        self._metrics.prefilled(
+            time.monotonic() - began_s,
+            wait_s=done.queue_duration_s,
+            tokens=spec.tokens,
+            cached_tokens=done.cached_tokens,
+        )
+        return done
+
+    async def _prefill(self, spec: SequenceSpec, model_revision: str) -> Prefilled:
         instance = self._instance
         if instance.state is not InstanceState.READY:
             raise Draining

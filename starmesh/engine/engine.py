@@ -142,6 +142,8 @@ class EngineCore:
         self._stalled = False
         self._step_duration_s = 0.0
         self._output_tokens = 0
+        self.on_step: Callable[[float, int], None] | None = None
+        """Set before the first step by who measures: hears of each that succeeded, its seconds and its sequences."""
 
     def __repr__(self) -> str:
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
@@ -287,7 +289,10 @@ class EngineCore:
             outputs = [self._give_up(chunk.sequence, error) for chunk in schedule.chunks]
         else:
             outputs = self._commit(schedule.chunks, sampled)
-            self._step_duration_s = _step_average_s(self._step_duration_s, self._clock.now_s() - started_s)
+            duration_s = self._clock.now_s() - started_s
+            self._step_duration_s = _step_average_s(self._step_duration_s, duration_s)
+            if self.on_step is not None:
+                self.on_step(duration_s, len(schedule.chunks))
         self._settle()
         return outputs
 

@@ -15,6 +15,7 @@ from starmesh.engine.engine import HIDDEN_EVERY_TOKENS, EngineCore, SequenceOutp
 from starmesh.engine.thread import EngineThread
 from starmesh.instance.emulated import load_emulated
 from starmesh.instance.loading import LoadedEngine, load_engine
+from starmesh.instance.metrics import StepMetrics, watch_load
 from starmesh.instance.servicer import InstanceServicer
 from starmesh.instance.settings import EngineSettings
 from starmesh.ledger import Ledger
@@ -23,7 +24,9 @@ from starmesh.model_files import DEFAULT_MODEL, fetch_model
 from starmesh.process import write_port_file
 from starmesh.rpc.channels import ChannelPool
 from starmesh.rpc.server import RpcServer
-from starmesh.transfer import PullResult
+from starmesh.telemetry.ledger_metrics import LedgerMetrics
+from starmesh.telemetry.metrics import NO_METRICS, Metrics
+from starmesh.transfer import PullResult, TransferError
 from starmesh.transfer.ends import KvTransfer, open_transfer
 from starmesh.types import (
     InstanceInfo,
@@ -55,7 +58,14 @@ class MigrationCounts:
 class Instance:
     """Made by ``open_instance``; add the service's servicer to ``server``, then ``run``."""
 
-    def __init__(self, settings: EngineSettings, role: Role, loaded: LoadedEngine, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        role: Role,
+        loaded: LoadedEngine,
+        ledger: Ledger,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self.instance_id = settings.instance_id
         self.layout = loaded.memory.layout
         self.hidden_layout = loaded.hidden_layout
@@ -67,12 +77,16 @@ class Instance:
             listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=self.credentials
         )
         self.ledger = ledger
+        self.metrics = metrics
+        """What its service makes instruments of its own with."""
         self.count_migrations: Callable[[], MigrationCounts] = MigrationCounts
         """Set by a service that migrates; what it counts is in each load, and no drain ends before all are over."""
         self.foresee: Callable[[Sequence[SequenceLoad]], tuple[SequenceLoad, ...]] | None = None
         """Set by a service that knows how long sequences will be: fills in what they are predicted to generate."""
         self.on_load: Callable[[InstanceLoad], None] | None = None
         """Set by a service that acts on loads: hears of each, on the event loop."""
+        self.on_pull: Callable[[PullResult | None], None] | None = None
+        """Set by a service that measures pulls: hears of each, None for one that failed."""
         self._memory = loaded.memory
         self._transferring = loaded.transferring
         self._deliver: Callable[[list[SequenceOutput]], None] | None = None
@@ -101,6 +115,8 @@ class Instance:
         self.membership = Membership(
             self.ledger, info, load=self._report, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
         )
+        loaded.core.on_step = StepMetrics(metrics)
+        watch_load(metrics, load=lambda: self._last_load, state=lambda: self.state)
 
     @property
     def state(self) -> InstanceState:
@@ -108,9 +124,19 @@ class Instance:
         return self.membership.info.state
 
     @property
+    def last_load(self) -> InstanceLoad | None:
+        """The last load that was made of it, None before the first. May be read from any thread."""
+        return self._last_load
+
+    @property
     def leases(self) -> int:
         """Leases that others have on its blocks."""
         return len(self.transfer.leases)
+
+    @property
+    def running(self) -> bool:
+        """Whether its KV transfer is open, since ``run``."""
+        return self._transfer is not None
 
     @property
     def transfer(self) -> KvTransfer:
@@ -184,11 +210,18 @@ class Instance:
     async def pull(self, ticket: KvTicket, local_block_ids: Sequence[int]) -> PullResult:
         """Pull a ticket's blocks and end its lease. Raises TransferError; then what was pulled is not to be used."""
         puller = self.transfer.puller
-        async with self._transferring(len(ticket.block_ids)):
-            result = await puller.pull(
-                ticket, ticket.block_ids, local_block_ids, timeout_s=self._settings.transfer_timeout_s
-            )
-        await puller.release(ticket, timeout_s=RELEASE_TIMEOUT_S)
+        try:
+            async with self._transferring(len(ticket.block_ids)):
+                result = await puller.pull(
+                    ticket, ticket.block_ids, local_block_ids, timeout_s=self._settings.transfer_timeout_s
+                )
+            await puller.release(ticket, timeout_s=RELEASE_TIMEOUT_S)
+        except TransferError:
+            if self.on_pull is not None:
+                self.on_pull(None)
+            raise
+        if self.on_pull is not None:
+            self.on_pull(result)
         self._pulled_bytes += result.bytes
         self._pulled_with = result.backend
         return result
@@ -332,18 +365,22 @@ def _expect_and_load(core: EngineCore, expected_tokens: Mapping[str, int]) -> In
     return core.load()
 
 
-async def open_instance(settings: EngineSettings, role: Role, *, prefix_caching: bool) -> Instance:
+async def open_instance(
+    settings: EngineSettings, role: Role, *, prefix_caching: bool, metrics: Metrics = NO_METRICS
+) -> Instance:
     """Fetch and load the model, or what is emulated instead.
 
     Raises LedgerError for a ledger url that is not understood, ModelNotFound, UnsupportedModel or ValueError, each with
     what to do next.
     """
     ledger = settings.open_ledger()
+    ledger.on_operation = LedgerMetrics(metrics.meter)
     emulation = settings.emulation
     if emulation is not None:
         log.info("emulating %s at speed %g", emulation.profile.name, emulation.speed)
-        return Instance(settings, role, load_emulated(settings, emulation, prefix_caching=prefix_caching), ledger)
+        emulated = load_emulated(settings, emulation, prefix_caching=prefix_caching)
+        return Instance(settings, role, emulated, ledger, metrics)
     model_dir = await asyncio.to_thread(fetch_model, settings.model or DEFAULT_MODEL, progress=log.info)
     log.info("loading %s on %s (%s)", model_dir.name, settings.device, settings.dtype)
     loaded = await asyncio.to_thread(load_engine, settings, model_dir, prefix_caching=prefix_caching)
-    return Instance(settings, role, loaded, ledger)
+    return Instance(settings, role, loaded, ledger, metrics)
