@@ -22,6 +22,7 @@ from starmesh.cli.collect_report import progress_line
 from starmesh.cli.collection import CollectionRequest
 from starmesh.cli.collection_run import Tally, ask_all
 from starmesh.cli.local_cluster import ClusterPlan, start_cluster
+from starmesh.cli.login import Login
 from starmesh.cli.predictor_status import look_at_predictor
 from starmesh.cli.router import RouterClient, connect
 from starmesh.cli.run import CliError, cancel_on_signals, explain
@@ -63,9 +64,14 @@ def stored_in(directory: Path) -> list[StoredSequence]:
 
 
 async def collect(
-    where: ClusterPlan | str, planned: Sequence[CollectionRequest], conditions: Conditions, console: Console
+    where: ClusterPlan | str,
+    planned: Sequence[CollectionRequest],
+    conditions: Conditions,
+    console: Console,
+    *,
+    login: Login | None = None,
 ) -> CollectionRun:
-    """Ask for all of ``planned`` on a new cluster, or on the router at an address that ``where`` is.
+    """Ask for all of ``planned`` on a new cluster, or on the router at an address that ``where`` is, with ``login``.
 
     Ctrl-C stops it, and a second one raises CancelledError. Raises CliError when the cluster does not come up,
     AioRpcError when no router answers.
@@ -75,7 +81,7 @@ async def collect(
     assert task is not None
     tally = Tally(len(planned), conditions.max_output_tokens)
     stopped = ""
-    async with _cluster(where, console) as address, connect(address) as router:
+    async with _cluster(where, console) as address, connect(address, login) as router:
         try:
             async with _showing(tally, console):
                 await ask_all(

@@ -12,6 +12,7 @@ from starmesh.cli.collect import Conditions, collect, stored_in
 from starmesh.cli.collect_report import lengths_summary, run_summary, stored_summary
 from starmesh.cli.collection import CollectionRequest, left_out
 from starmesh.cli.local_cluster import ClusterPlan
+from starmesh.cli.login import Login
 from starmesh.cli.run import CliError
 from starmesh.prediction.shards import shard_paths
 
@@ -22,6 +23,8 @@ async def collect_all(
     conditions: Conditions,
     directory: Path | None,
     console: Console,
+    *,
+    login: Login | None = None,
 ) -> None:
     """Ask for what ``directory`` lacks of ``planned``, and say what there is then. None: it is not here to be read.
 
@@ -34,7 +37,7 @@ async def collect_all(
     if not wanted:
         console.print(f"nothing is left to ask; next: starmesh predictor train {directory}", soft_wrap=True)
         return
-    ran = await collect(where, wanted, conditions, console)
+    ran = await collect(where, wanted, conditions, console, login=login)
     tally, stopped = ran.tally, ran.stopped
     console.print(run_summary(tally))
     missing = 0

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from starmesh.cli.local_security import LocalSecurity
+from starmesh.cli.login import Login
 from starmesh.cli.run import CliError
 from starmesh.cli.service_process import ServiceProcess, ServiceSpec
 from starmesh.ledger import LedgerError
@@ -31,7 +33,8 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     """What to start. ``model`` is None where none runs. ``engine_flags`` go to prefill and decode, ``router_flags`` to
-    the router, and so on. Without ``predict`` there is no predictor, and decode instances look for none."""
+    the router, and so on. Without ``predict`` there is no predictor, and decode instances look for none. With ``tls``
+    services speak mutual TLS, and the router wants an API key, both made for this cluster."""
 
     model: Path | None
     run_directory: Path
@@ -41,6 +44,7 @@ class ClusterPlan:
     ledger: str = ""
     grace_s: float = 5.0
     predict: bool = True
+    tls: bool = False
     engine_flags: tuple[str, ...] = ()
     decode_flags: tuple[str, ...] = ()
     router_flags: tuple[str, ...] = ()
@@ -48,14 +52,14 @@ class ClusterPlan:
     predictor_flags: tuple[str, ...] = ()
     shared_flags: tuple[str, ...] = ()
 
-    def services(self, ledger: str) -> list[ServiceSpec]:
+    def services(self, ledger: str, security: LocalSecurity | None = None) -> list[ServiceSpec]:
         """All services, the router first."""
         counts = {"router": 1, "prefill": self.prefill, "decode": self.decode, "rescheduler": 1}
         if self.predict:
             counts["predictor"] = 1
         model = ("--model", str(self.model)) if self.model is not None else ()
         own_flags = {
-            "router": (*model, *self.router_flags),
+            "router": (*model, *self.router_flags, *(security.router_flags if security is not None else ())),
             "prefill": (*model, *self.engine_flags),
             "decode": (
                 *(*model, *self.engine_flags, *self.decode_flags),
@@ -73,6 +77,7 @@ class ClusterPlan:
                     *("--listen", self.listen if role == "router" else "127.0.0.1:0"),
                     *("--grace-s", f"{self.grace_s:g}"),
                     *self.shared_flags,
+                    *(security.shared_flags if security is not None else ()),
                     *own_flags.get(role, ()),
                 ),
             )
@@ -90,8 +95,10 @@ class LocalCluster:
         ledger: EmbeddedServer | None,
         plan: ClusterPlan,
         report: Callable[[str], None],
+        security: LocalSecurity | None = None,
     ) -> None:
         self.processes = processes
+        self.security = security
         self._ledger = ledger
         self._plan = plan
         self._report = report
@@ -100,6 +107,11 @@ class LocalCluster:
     def address(self) -> str:
         """The router's HOST:PORT."""
         return self.processes[0].address
+
+    @property
+    def login(self) -> Login:
+        """What clients reach the router with."""
+        return Login() if self.security is None else self.security.login
 
     @property
     def ledger_socket(self) -> str:
@@ -209,9 +221,11 @@ async def start_cluster(plan: ClusterPlan, report: Callable[[str], None]) -> Asy
             ledger = None if plan.ledger else await stack.enter_async_context(await EmbeddedServer.start())
         except LedgerError as error:
             raise CliError(str(error)) from error
-        specs = plan.services(plan.ledger if ledger is None else ledger.url)
-        processes = [ServiceProcess(spec, plan.run_directory) for spec in specs]
-        cluster = LocalCluster(processes, ledger, plan, report)
+        security = LocalSecurity.make(plan.run_directory / "tls") if plan.tls else None
+        specs = plan.services(plan.ledger if ledger is None else ledger.url, security)
+        credentials = None if security is None else security.credentials
+        processes = [ServiceProcess(spec, plan.run_directory, credentials) for spec in specs]
+        cluster = LocalCluster(processes, ledger, plan, report, security)
         stack.push_async_callback(cluster.stop)
         for process in processes:
             await process.start()

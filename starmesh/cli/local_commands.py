@@ -63,7 +63,13 @@ def up(
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in a step.")] = 512,
     threads: local_options.Threads = 1,
-    transfer: Annotated[Transfer, typer.Option(help="KV transfer backends, best first.")] = "nixl,stream",
+    transfer: Annotated[
+        Transfer | None,
+        typer.Option(help="KV transfer backends, best first. (default: nixl,stream; with --tls stream, the encrypted)"),
+    ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Mutual TLS between services and an API key, made for this cluster.")
+    ] = False,
     restart: Annotated[bool, typer.Option(help="Start a service again that dies.")] = True,
     run_dir: local_options.RunDir = None,
 ) -> None:
@@ -96,7 +102,7 @@ def up(
         "--max-sequences": max_sequences,
         "--max-step-tokens": max_step_tokens,
         "--threads": threads,
-        "--transfer": transfer,
+        **({"--transfer": transfer} if transfer is not None else {}),
     }
     directory = None if emulating.on else model_directory(model)
     try:
@@ -119,6 +125,7 @@ def up(
         router_flags=flags({"--dispatch-policy": dispatch, "--queue-length": queue}),
         rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
         predict=predicting.on,
+        tls=tls,
         predictor_flags=predicting.flags,
     )
     notice = f"{emulating.description}; {choice.description}" if emulating.on else choice.description

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from starmesh.cli import local_options, options
+from starmesh.cli.login import ApiKeyFile, Login, TlsCa, read_login
 from starmesh.cli.options import DEFAULT_ADDRESS
 from starmesh.cli.run import CliError, fail, run
 
@@ -30,6 +31,8 @@ def status(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Show which predictor answers, and how well it does by its requests' progress."""
     from rich.console import Console
@@ -37,8 +40,10 @@ def status(
     from starmesh.cli import predictor_status as views
     from starmesh.cli.router import connect
 
+    login = read_login(tls_ca, api_key_file)
+
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             if as_json:
                 print(await views.predictor_json(router))
             else:
@@ -49,8 +54,11 @@ def status(
 
 @predictor_app.command()
 def promote(
+    *,
     version: Annotated[str, typer.Argument(help="A version that `starmesh predictor status` lists.")],
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Have another version of the predictor answer from now on, without a restart."""
     from rich.console import Console
@@ -58,8 +66,10 @@ def promote(
     from starmesh.cli import predictor_status as views
     from starmesh.cli.router import connect
 
+    login = read_login(tls_ca, api_key_file)
+
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             await views.promote(router, version, Console())
 
     run(command(), address=address)
@@ -106,6 +116,8 @@ def collect(
     max_mib: Annotated[int, typer.Option(min=1, help="Disk space that the samples may take.")] = 16384,
     timeout: options.Timeout = 3600.0,
     run_dir: local_options.RunDir = None,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Collect samples to train a predictor with: answer prompts on a local cluster and store hidden states, no text.
 
@@ -167,7 +179,8 @@ def collect(
         timeout_s=timeout,
     )
     planned = plan_requests(lines, requests=requests, samples_per_prompt=samples_per_prompt, seed=seed)
-    run(collect_all(where, planned, conditions, out, Console()), address=router)
+    login = read_login(tls_ca, api_key_file) if router else Login()
+    run(collect_all(where, planned, conditions, out, Console(), login=login), address=router)
 
 
 @predictor_app.command()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starmesh.cli import options
+from starmesh.cli.login import ApiKeyFile, TlsCa, read_login
 from starmesh.cli.options import DEFAULT_ADDRESS, Asking
 from starmesh.cli.run import CliError, fail, run
 
@@ -36,6 +37,8 @@ def generate(
     timeout: options.Timeout = 600.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer only.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Stream the answer to a prompt. Ctrl-C cancels it."""
     from starmesh.cli.generate import generate as stream
@@ -54,9 +57,10 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
     )
+    login = read_login(tls_ca, api_key_file)
 
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             await stream(router, text, asking, timeout_s=timeout, quiet=quiet)
 
     run(command(), address=address)
@@ -69,6 +73,8 @@ def status(
     sequences: Annotated[bool, typer.Option("--sequences", "-s", help="Show the running requests too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, requests included.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Show the instances of a cluster and how evenly they are loaded."""
     from rich.console import Console
@@ -76,8 +82,10 @@ def status(
     from starmesh.cli import status as views
     from starmesh.cli.router import connect
 
+    login = read_login(tls_ca, api_key_file)
+
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             if as_json:
                 print(await views.status_json(router))
             elif watch:
@@ -89,10 +97,13 @@ def status(
 
 
 def drain(
+    *,
     instance: Annotated[str, typer.Argument(help="Id of the instance, as `starmesh status` shows it.")],
     wait: Annotated[bool, typer.Option(help="Wait until it has nothing left.")] = True,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 600.0,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Move everything away from an instance, so that it may be stopped; it takes nothing new."""
     from rich.console import Console
@@ -100,18 +111,23 @@ def drain(
     from starmesh.cli.drain import drain as drain_instance
     from starmesh.cli.router import connect
 
+    login = read_login(tls_ca, api_key_file)
+
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             await drain_instance(router, instance, Console(), wait=wait, timeout_s=timeout)
 
     run(command(), address=address)
 
 
 def migrate(
+    *,
     request: Annotated[str, typer.Argument(help="Id of the request, as `starmesh status --sequences` shows it.")],
     to: Annotated[str, typer.Option("--to", metavar="INSTANCE", help="Id of the decode instance to move it to.")],
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to follow the move.")] = 60.0,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Move a running request, KV and all, to another decode instance. Its client sees nothing of it."""
     from rich.console import Console
@@ -119,8 +135,10 @@ def migrate(
     from starmesh.cli.migrate import migrate as move
     from starmesh.cli.router import connect
 
+    login = read_login(tls_ca, api_key_file)
+
     async def command() -> None:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             await move(router, request, to, Console(), timeout_s=timeout)
 
     run(command(), address=address)
@@ -155,6 +173,8 @@ def bench(
     ignore_eos: options.IgnoreEos = False,
     timeout: options.Timeout = 600.0,
     address: options.Address = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Put load on a cluster and measure TTFT, TPOT, ITL, tokens per second and goodput."""
     from rich.console import Console
@@ -186,9 +206,10 @@ def bench(
     except CliError as error:
         fail(str(error))
     load = Load(requests=count or len(lines), rate=rate, concurrency=concurrency, seed=arrival_seed, timeout_s=timeout)
+    login = read_login(tls_ca, api_key_file)
 
     async def command() -> Report:
-        async with connect(address) as router:
+        async with connect(address, login) as router:
             requests = await requests_of(router, lines, asking)
             report = await run_bench(router, requests, load, slo_ttft_s=slo_ttft, slo_tpot_s=slo_tpot)
         Console().print(report_table(report))

@@ -17,7 +17,10 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.credentials import Credentials
 
+# Of the user's own calls, or of services elsewhere: those that are started here are told by flags.
+_NOT_PASSED_ON = frozenset({"STARMESH_TLS_CERT", "STARMESH_TLS_KEY", "STARMESH_TLS_CA", "STARMESH_API_KEY"})
 _POLL_S = 0.1
 _TAIL_BYTES = 16 * 1024
 
@@ -47,8 +50,10 @@ class ServiceSpec:
 class ServiceProcess:
     """A service that may be started, watched, stopped and started again."""
 
-    def __init__(self, spec: ServiceSpec, run_directory: Path) -> None:
+    def __init__(self, spec: ServiceSpec, run_directory: Path, credentials: Credentials | None = None) -> None:
+        """``credentials`` are of its mesh, None where it serves plaintext."""
         self.spec = spec
+        self._credentials = credentials
         self.log_path = run_directory / f"{spec.instance_id}.log"
         self.started_at_s = 0.0
         self._port_file = run_directory / f"{spec.instance_id}.port"
@@ -99,7 +104,10 @@ class ServiceProcess:
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
-                env={**os.environ, "STARMESH_LEDGER": self.spec.ledger},
+                env={
+                    **{name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON},
+                    "STARMESH_LEDGER": self.spec.ledger,
+                },
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -111,7 +119,7 @@ class ServiceProcess:
     async def wait_until_serving(self) -> bool:
         """Wait until it says that it is SERVING; False when the process has ended instead."""
         while self.running:
-            if (address := self.address) and await _says_serving(address):
+            if (address := self.address) and await _says_serving(address, self._credentials):
                 return True
             await asyncio.sleep(_POLL_S)
         return False
@@ -142,9 +150,9 @@ class ServiceProcess:
         return "\n".join(text.splitlines()[-lines:])
 
 
-async def _says_serving(address: str) -> bool:
+async def _says_serving(address: str, credentials: Credentials | None) -> bool:
     """Follow the health of the service until it is SERVING; False when it breaks off before."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, credentials) as channel:
         call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         try:
             async for response in call:

@@ -35,8 +35,12 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool, notice: str)
             async with start_cluster(plan, reporter(console)) as cluster:
                 spinner.stop()
                 console.print(f"the cluster is ready at {cluster.address}; Ctrl-C stops it. In another terminal:")
+                options = f"{cluster.security.client_options} " if cluster.security is not None else ""
                 console.print(
-                    f'  starmesh generate --address {cluster.address} "Why is the sky blue?"', highlight=False
+                    f'  starmesh generate --address {cluster.address} {options}"Why is the sky blue?"',
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
                 )
                 console.print(notice, markup=False, highlight=False, soft_wrap=True)
                 if cluster.ledger_socket:
@@ -60,7 +64,7 @@ async def demo(plan: ClusterPlan, console: Console) -> None:
     cancel_on_signals()
     asking = Asking(temperature=0.0, max_output_tokens=_DEMO_OUTPUT_TOKENS)
     with console.status("starting the cluster") as spinner:
-        async with start_cluster(plan, reporter(console)) as cluster, connect(cluster.address) as router:
+        async with start_cluster(plan, reporter(console)) as cluster, connect(cluster.address, cluster.login) as router:
             spinner.stop()
             console.print(f"\n> {DEMO_PROMPT}", style="bold", highlight=False)
             await generate(router, DEMO_PROMPT, asking, timeout_s=_DEMO_TIMEOUT_S, quiet=False)
@@ -81,7 +85,7 @@ async def _show(cluster: LocalCluster, console: Console) -> None:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             try:
-                async with connect(cluster.address) as router:
+                async with connect(cluster.address, cluster.login) as router:
                     async for table in observe(router, interval_s=_REFRESH_S):
                         live.update(table, refresh=True)
             except grpc.aio.AioRpcError:
