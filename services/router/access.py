@@ -28,8 +28,9 @@ _SCOPES: Final[dict[str, Scope | None]] = {
     _CLUSTER: Scope.OPERATE,
     reflection.SERVICE_NAME: None,  # any key
 }
-# GenerateMany counts each of its requests instead. A client that has all its requests running can still cancel one.
-_UNCOUNTED: Final = frozenset({(_INFERENCE, "GenerateMany"), (_INFERENCE, "Cancel")})
+# Generate and GenerateMany count each request for as long as it runs, which may be longer than the call. A client that
+# has all its requests running can still resume or cancel one.
+_UNCOUNTED: Final = frozenset((_INFERENCE, method) for method in ("Generate", "GenerateMany", "Resume", "Cancel"))
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

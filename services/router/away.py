@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Final
 
 from services.router.flight import Flight
@@ -28,6 +29,9 @@ class Entry:
     """Whether no client will read any more."""
     away: bool = False
     """Whether none reads now, but one may come back."""
+    admission: ExitStack = field(default_factory=ExitStack)
+    """Counts against the limits of its API key until its life has ended and nobody reads: also while a client is away,
+    which could otherwise begin any number."""
 
 
 class Away:

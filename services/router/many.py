@@ -14,6 +14,7 @@ from typing import Self
 import grpc
 from opentelemetry.context import Context
 
+from services.router.access import Caller
 from services.router.flight import Flight, superseded
 from services.router.pieces import piece_pb
 from services.router.router import Router
@@ -32,9 +33,12 @@ _RETRY_DELAY_S = 1.0
 class ManyRequests:
     """The requests of one stream."""
 
-    def __init__(self, router: Router, *, max_requests: int, timeout_s: float | None, parent: Context) -> None:
+    def __init__(
+        self, router: Router, caller: Caller, *, max_requests: int, timeout_s: float | None, parent: Context
+    ) -> None:
         """``timeout_s`` is what the stream's own deadline leaves; None without one."""
         self._router = router
+        self._caller = caller
         self._max_requests = max_requests
         self._loop = asyncio.get_running_loop()
         self._deadline_s = None if timeout_s is None else self._loop.time() + timeout_s
@@ -91,8 +95,9 @@ class ManyRequests:
                         self._fail(request.generate.request_id, error)
                 case "cancel_request_id":
                     # One that has ended in the meantime is no error: the client could not know.
-                    if request.cancel_request_id in self._flights:
-                        self._router.cancel(request.cancel_request_id)
+                    flight = self._flights.get(request.cancel_request_id)
+                    if flight is not None:
+                        self._router.cancel(flight.request_id, key_id=flight.key_id)
                 case _:
                     self._fail("", bad_field("action", "is not set; set generate or cancel_request_id"))
 
@@ -110,7 +115,14 @@ class ManyRequests:
             own_s = duration_in(request.timeout, "timeout", 0.0, _MAX_TIMEOUT_S)
             timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
         parent = context_of(request.traceparent) if request.traceparent else self._parent
-        flight = self._router.open(generate, timeout_s=timeout_s, on_ready=self._mark, parent=parent)
+        flight = self._router.open(
+            generate,
+            timeout_s=timeout_s,
+            on_ready=self._mark,
+            parent=parent,
+            key_id=self._caller.key_id,
+            admit=self._caller.admit,
+        )
         self._flights[flight.request_id] = flight
 
     def _mark(self, flight: Flight) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import grpc
 from opentelemetry.context import Context
@@ -67,12 +68,14 @@ class Router:
         on_ready: Callable[[Flight], None],
         parent: Context,
         key_id: str = "",
+        admit: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Flight:
         """Take a request in. Its tokens, or its error, come through the flight; ``close`` it in the end.
 
         ``timeout_s`` None means as long as the router allows. ``parent`` is the trace to continue. ``key_id`` names the
-        API key that was sent, if any is needed. Raises StatusError for what is wrong with the request as it stands, or
-        with the time.
+        API key that was sent, if any is needed, and what ``admit`` gives is held as long as the request runs or is
+        read. Raises StatusError for what is wrong with the request as it stands, or with the time, or as ``admit``
+        does.
         """
         settings, model = self._parts.settings, self._parts.model
         request_id = request.request_id or secrets.token_hex(12)
@@ -92,12 +95,14 @@ class Router:
         )
         if not flight.brought_tokens:
             flight.serve(model.detokenizer(flight.stop_strings))
+        admission = ExitStack()
+        admission.enter_context(admit())
         if (kept := self.away.find(request_id)) is not None:
             self._give_up(kept)
         life = Life(self._parts, flight, request, seed=secrets.randbits(63))
         after = former.task if former is not None else None
         task = asyncio.create_task(_run_after(after, life, parent), name=f"request {request_id}")
-        entry = self._entries[request_id] = Entry(flight, task)
+        entry = self._entries[request_id] = Entry(flight, task, admission=admission)
         self.idle.clear()
         task.add_done_callback(lambda _: self._forget(entry))
         return flight
@@ -197,7 +202,10 @@ class Router:
     def _forget(self, entry: Entry) -> None:
         """Free the id once neither client nor life needs it; a complete answer is kept while its client is away."""
         request_id = entry.flight.request_id
-        if entry.task.done() and (entry.closed or entry.away) and self._entries.get(request_id) is entry:
+        if not entry.task.done() or not (entry.closed or entry.away):
+            return
+        entry.admission.close()
+        if self._entries.get(request_id) is entry:
             del self._entries[request_id]
             if not self._entries:
                 self.idle.set()

@@ -10,12 +10,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from services.router.access import Caller
 from services.router.flight import Flight
 from services.router.many import ManyRequests
 from services.router.model import ServedModel
 from services.router.pieces import piece_pb
 from services.router.router import Router
 from services.router.validation import ModelFacts, check_request_id
+from starmesh.rpc.api_keys import ApiKeys
 from starmesh.rpc.status import StatusError
 from starmesh.telemetry.setup import context_of_call
 from starmesh.v1 import inference_pb2, inference_pb2_grpc
@@ -27,8 +29,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Serves clients."""
 
     def __init__(
-        self, router: Router, model: ServedModel, *, facts: Callable[[], ModelFacts], max_stream_requests: int
+        self,
+        router: Router,
+        model: ServedModel,
+        *,
+        facts: Callable[[], ModelFacts],
+        max_stream_requests: int,
+        keys: ApiKeys | None = None,
     ) -> None:
+        self._keys = keys
         self._router = router
         self._model = model
         self._facts = facts
@@ -38,11 +47,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         ready = asyncio.Event()
+        caller = self._caller(context)
         flight = self._router.open(
             request,
             timeout_s=context.time_remaining(),
             on_ready=lambda _: ready.set(),
             parent=context_of_call(context.invocation_metadata()),
+            key_id=caller.key_id,
+            admit=caller.admit,
         )
         async with aclosing(self._messages(flight, ready, context)) as messages:
             async for message in messages:
@@ -53,7 +65,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         check_request_id(request.request_id)
         ready = asyncio.Event()
-        flight = await self._router.resume(request.request_id, offset=request.offset, on_ready=lambda _: ready.set())
+        flight = await self._router.resume(
+            request.request_id,
+            offset=request.offset,
+            on_ready=lambda _: ready.set(),
+            key_id=self._caller(context).key_id,
+        )
         async with aclosing(self._messages(flight, ready, context)) as messages:
             async for message in messages:
                 yield message
@@ -89,6 +106,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateManyResponse]:
         requests = ManyRequests(
             self._router,
+            self._caller(context),
             max_requests=self._max_stream_requests,
             timeout_s=context.time_remaining(),
             parent=context_of_call(context.invocation_metadata()),
@@ -98,11 +116,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async for response in requests.run(request_iterator):
                 yield response
 
+    def _caller(self, context: Context) -> Caller:
+        return Caller(self._keys, context.invocation_metadata())
+
     async def Cancel(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
         check_request_id(request.request_id)
-        if not self._router.cancel(request.request_id):
+        if not self._router.cancel(request.request_id, key_id=self._caller(context).key_id):
             raise StatusError(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id} is in flight here")
         return inference_pb2.CancelResponse()
 

@@ -86,6 +86,7 @@ class RouterProcess:
             model,
             facts=lambda: model.facts(self.watch.view),
             max_stream_requests=settings.max_stream_requests,
+            keys=self.keys,
         )
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
         self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference, service)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from starmesh.rpc.channels import open_channel
+from starmesh.rpc.key_file import ApiKey, Scope, digest_of, write_keys
 from starmesh.rpc.status import from_rpc_error
 from starmesh.v1 import inference_pb2, inference_pb2_grpc, sequence_pb2
 from tests.router.conftest import Mesh, check_answer, generate_request, text_of, tokens_after, until
@@ -29,6 +31,21 @@ async def code_of(call: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     return caught.value.code()
+
+
+def key_file(directory: Path, *key_ids: str) -> Path:
+    """Keys for one request at a time each; ``sent`` is what their holders send."""
+    path = directory / "keys"
+    scopes = frozenset({Scope.GENERATE})
+    keys = [
+        ApiKey(key_id=key_id, sha256=digest_of(f"sm-{key_id}"), scopes=scopes, max_requests=1) for key_id in key_ids
+    ]
+    write_keys(path, tuple(keys))
+    return path
+
+
+def sent(key_id: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer sm-{key_id}"),)
 
 
 async def read_until(call: Any, tokens: int) -> list[inference_pb2.GenerateResponse]:
@@ -376,4 +393,50 @@ async def test_brought_tokens_are_checked(mesh: Mesh) -> None:
         status = from_rpc_error(caught.value)
         assert status.code is grpc.StatusCode.INVALID_ARGUMENT
         assert status.fields[0].startswith("output_token_ids")
+    await mesh.nothing_left()
+
+
+async def test_a_request_is_its_api_keys(mesh: Mesh, tmp_path: Path) -> None:
+    await mesh.start(api_keys=key_file(tmp_path, "alice", "bob"))
+    mesh.decodes[0].pause_after = 4
+    call = mesh.inference.Generate(
+        generate_request(request_id="r", resume_window=WINDOW), timeout=20, metadata=sent("alice")
+    )
+    await read_until(call, 4)
+    again = inference_pb2.ResumeRequest(request_id="r", offset=4)
+    cancel = inference_pb2.CancelRequest(request_id="r")
+    assert await code_of(mesh.inference.Resume(again, metadata=sent("bob"))) is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await mesh.inference.Cancel(cancel, metadata=sent("bob"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    call.cancel()
+    await until(lambda: len(mesh.process.router.away) == 1)
+    # It counts while nobody reads, but does not keep its own client from it.
+    other = generate_request(request_id="s")
+    refused = mesh.inference.Generate(other, timeout=20, metadata=sent("alice"))
+    assert await code_of(refused) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    mesh.decodes[0].resume()
+    resumed = mesh.inference.Resume(again, timeout=20, metadata=sent("alice"))
+    assert [token async for message in resumed for token in message.token_ids] == tokens_after("hello", 20)[4:]
+    await mesh.nothing_left()
+    assert [message async for message in mesh.inference.Generate(other, timeout=20, metadata=sent("alice"))]
+    await mesh.nothing_left()
+
+
+async def test_each_of_many_requests_counts(mesh: Mesh, tmp_path: Path) -> None:
+    await mesh.start(api_keys=key_file(tmp_path, "alice"))
+    mesh.decodes[0].pause_after = 4
+    call: Any = mesh.inference.GenerateMany(timeout=20, metadata=sent("alice"))
+    for request_id in ("a", "b"):
+        await call.write(inference_pb2.GenerateManyRequest(generate=generate_request(request_id=request_id)))
+    failures: list[Any] = []
+    while not failures:
+        failures += (await call.read()).failures
+    assert [(failure.request_id, failure.status.code) for failure in failures] == [
+        ("b", grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+    ]
+    await call.write(inference_pb2.GenerateManyRequest(cancel_request_id="a"))
+    await call.done_writing()
+    responses = [response for message in await rest_of(call) for response in message.responses]
+    assert responses[-1].finish_reason == sequence_pb2.FINISH_REASON_CANCELLED
     await mesh.nothing_left()
