@@ -258,6 +258,13 @@ class Instance:
         """
         self._deliver = deliver
         settings = self._settings
+        if self.credentials is not None:
+            clear = TransferBackend.NIXL in settings.transfer_backends
+            log.log(
+                logging.WARNING if clear else logging.INFO,
+                "KV is moved %s",
+                "by NIXL, unencrypted, as --transfer says" if clear else "over TLS only, not by NIXL",
+            )
         self._transfer = await open_transfer(
             self._memory,
             instance_id=self.instance_id,

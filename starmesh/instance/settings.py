@@ -28,7 +28,11 @@ class EngineSettings(EmulationSettings):
     max_sequences: int = Field(64, ge=1, description="sequences in a batch")
     max_step_tokens: int = Field(512, ge=1, description="tokens computed in a step: bounds how long a step takes")
     max_waiting: int = Field(256, ge=1, description="sequences that may wait; more are refused")
-    transfer: str = Field("nixl,stream", description="transfer backends, best first; one that is missing is left out")
+    transfer: str = Field(
+        "",
+        description="transfer backends, best first, of nixl and stream; one that is missing is left out; empty: both, "
+        "and with TLS stream only: NIXL does not encrypt",
+    )
     transfer_timeout_s: float = Field(30.0, gt=0, description="time that a pull may take")
     stall_timeout_s: float = Field(60.0, gt=0, description="time without a finished step until the engine must hang")
     kv_lease_s: float = Field(30.0, gt=0, description="how long KV is kept for whoever is to pull it")
@@ -46,7 +50,7 @@ class EngineSettings(EmulationSettings):
     def _known_backends(cls, value: str) -> str:
         known = [backend.value for backend in TransferBackend]
         unknown = [name for name in value.split(",") if name not in known]
-        if unknown:
+        if value and unknown:
             raise ValueError(f"{', '.join(unknown)} unknown; use some of {', '.join(known)}, separated by commas")
         return value
 
@@ -67,5 +71,8 @@ class EngineSettings(EmulationSettings):
 
     @property
     def transfer_backends(self) -> list[TransferBackend]:
-        """The backends that ``transfer`` names."""
-        return [TransferBackend(name) for name in self.transfer.split(",")]
+        """The backends that ``transfer`` names, or that go without saying."""
+        if self.transfer:
+            return [TransferBackend(name) for name in self.transfer.split(",")]
+        # NIXL moves KV, from which prompts can be had back, over connections of its own in the clear.
+        return [TransferBackend.STREAM] if self.tls_cert is not None else [TransferBackend.NIXL, TransferBackend.STREAM]
