@@ -14,7 +14,10 @@ from starmesh.types import Role
 async def serve(settings: ReschedulerSettings, stop: asyncio.Event) -> None:
     """Serve health, and lead or stand by, until ``stop``."""
     config = settings.rescheduling()
-    async with open_bare(settings, Role.RESCHEDULER) as instance:
+    async with (
+        settings.open_metrics(Role.RESCHEDULER.value) as metrics,
+        open_bare(settings, Role.RESCHEDULER, metrics=metrics) as instance,
+    ):
         info = instance.info
         recorder = None
         if settings.record is not None:
@@ -28,6 +31,7 @@ async def serve(settings: ReschedulerSettings, stop: asyncio.Event) -> None:
                 interval_s=settings.round_interval_s,
                 recorder=recorder,
                 credentials=instance.credentials,
+                metrics=metrics,
             )
             await loop.run(stop)
         finally:

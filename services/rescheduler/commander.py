@@ -70,6 +70,10 @@ class Commander:
     def __repr__(self) -> str:
         return f"<commander of {len(self._following)} migrations, {len(self._endings)} endings to tell>"
 
+    def __len__(self) -> int:
+        """How many are followed."""
+        return len(self._following)
+
     def issue(self, order: Order) -> None:
         """Command a migration and follow it in the background."""
         migration = order.migration

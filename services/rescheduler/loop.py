@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Final
 
 from opentelemetry.context import Context
@@ -21,6 +22,7 @@ from opentelemetry.trace import Span
 from services.rescheduler.commander import Commander, Order
 from services.rescheduler.ending import Ending, Outcome
 from services.rescheduler.lead import Lead
+from services.rescheduler.metrics import ReschedulerMetrics, RoundOutcome
 from services.rescheduler.recorder import Recorder
 from services.rescheduler.shown_rounds import ShownRounds
 from starmesh.ledger import Ledger, LedgerError
@@ -28,6 +30,7 @@ from starmesh.policy.rescheduling import Plan, PlanMemory, ReschedulingConfig, p
 from starmesh.policy.rescheduling.record import RecordedRound
 from starmesh.rpc.credentials import Credentials
 from starmesh.telemetry import names
+from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.telemetry.setup import span, traceparent_of
 from starmesh.types import ClusterView, Role
 
@@ -49,6 +52,7 @@ class Rescheduler:
         interval_s: float,
         recorder: Recorder | None = None,
         credentials: Credentials | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self.memory = PlanMemory()
         self._ledger = ledger
@@ -57,6 +61,9 @@ class Rescheduler:
         self._interval_s = interval_s
         self._recorder = recorder
         self._commander = Commander(timeout_s=config.in_flight_timeout_s, credentials=credentials)
+        self._metrics = ReschedulerMetrics(
+            metrics, leads=lambda: lead.term is not None, active=lambda: len(self._commander)
+        )
         self._shown = ShownRounds(ledger, lead.instance_id)
         self._term: int | None = None
         self._ledger_answers = True
@@ -70,6 +77,7 @@ class Rescheduler:
                 try:
                     await self.round()
                 except Exception:
+                    self._metrics.round(RoundOutcome.FAILED)
                     # The next view may be another; without rounds the cluster would go out of balance for good.
                     log.exception("a round failed")
                 wait_s = until_next(first_s, loop.time(), self._interval_s)
@@ -88,19 +96,23 @@ class Rescheduler:
             if self._ledger_answers:
                 log.warning("the ledger does not answer, rounds wait: %s", error)
             self._ledger_answers = False
+            self._metrics.round(RoundOutcome.NO_LEDGER)
             return None
 
     async def _round(self) -> Plan | None:
+        began_s = time.monotonic()
         term = await self._lead.ask()
         if not self._ledger_answers:
             self._ledger_answers = True
             log.info("the ledger answers again")
         await self._enter(term)
         if term is None:
+            self._metrics.round(RoundOutcome.STANDBY)
             return None
         view = await self._ledger.view()
         for ending in self._commander.take_endings():
             self._shown.ended(ending)
+            self._metrics.ended(ending)
             self.memory = remembered(self.memory, ending, now_s=view.now_s, config=self._config)
         # A trace of its own: it belongs to none of the requests that it moves, and they link to it.
         with span(names.SPAN_ROUND, Context()) as current:
@@ -112,10 +124,12 @@ class Rescheduler:
             if decided.migrations:
                 await self._enter(await self._lead.ask())
                 if self._term != term:
+                    self._metrics.round(RoundOutcome.SUPERSEDED)
                     return None
             self.memory = decided.memory
             await self._commander.retain((entry.migration for entry in self.memory.in_flight), view)
             self._issue(view, decided, term, traceparent_of(current))
+        self._metrics.planned(decided, time.monotonic() - began_s)
         await self._shown.add(term, view, decided)
         return decided
 

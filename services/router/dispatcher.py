@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
@@ -39,7 +40,15 @@ _ABSENT = (NoPlacement.NO_INSTANCE, NoPlacement.ALL_DRAINING)
 class Dispatcher:
     """Places requests. Times are the event loop's unless named otherwise."""
 
-    def __init__(self, ledger: Ledger, watch: LedgerWatch, settings: RouterSettings) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        watch: LedgerWatch,
+        settings: RouterSettings,
+        *,
+        on_placed: Callable[[float, NotPlaced | None], None] | None = None,
+    ) -> None:
+        """``on_placed`` hears of each dispatch: its seconds, and why it failed if it has."""
         self.policy_name = settings.dispatch_policy
         self._watch = watch
         self._local = watch.local
@@ -54,6 +63,7 @@ class Dispatcher:
         self._turns: dict[str, asyncio.Event] = {}
         self._last_reason: NoPlacement | None = None
         self._loop = asyncio.get_running_loop()
+        self._on_placed = on_placed
 
     @property
     def uses_estimates(self) -> bool:
@@ -68,6 +78,17 @@ class Dispatcher:
     async def place(self, demand: Demand) -> Placement:
         """Choose a prefill and a decode instance and reserve on the latter, in turn with those that wait already.
         Releases what the request had reserved elsewhere. Raises NotPlaced."""
+        began_s, failure = self._loop.time(), None
+        try:
+            return await self._place(demand)
+        except NotPlaced as error:
+            failure = error
+            raise
+        finally:
+            if self._on_placed is not None:
+                self._on_placed(self._loop.time() - began_s, failure)
+
+    async def _place(self, demand: Demand) -> Placement:
         attributes = {names.REQUEST_ID: demand.request_id, names.POLICY: self.policy_name}
         with span(names.SPAN_DISPATCH, attributes=attributes) as current:
             placement = None if self.queued_requests else await self._try(demand)
