@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from starmesh.emulation.settings import EmulationSettings
 from starmesh.ledger.limits import OWNER_TTL_S
 from starmesh.lengths import LENGTH_MODELS
 from starmesh.model_files import DEFAULT_MODEL
 from starmesh.policy.dispatch import POLICIES
+from starmesh.telemetry.metrics import check_listen
 
 
 class RouterSettings(EmulationSettings):
@@ -21,6 +22,11 @@ class RouterSettings(EmulationSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys, made with `starmesh keys`; every public call needs one of them then"
     )
+    http_listen: str = Field("", description="HOST:PORT of OpenAI's HTTP API and of the live page; empty: neither")
+    http_allow_origins: str = Field(
+        "", description="origins of web pages that may call it, as https://chat.example.org,...; *: any; empty: none"
+    )
+    http_docs: bool = Field(False, description="serve a page to try it at /docs; a browser loads it from a CDN")
     dispatch_policy: str = Field("least_tokens", description=f"how decode instances are chosen: {', '.join(POLICIES)}")
     predictor_timeout_s: float = Field(
         0.1, gt=0, le=10, description="seconds that dispatch by predicted_load waits for a prompt's prediction"
@@ -52,6 +58,14 @@ class RouterSettings(EmulationSettings):
     @classmethod
     def _empty_is_no_keys(cls, value: object) -> object:
         return value or None
+
+    @field_validator("http_listen")
+    @classmethod
+    def _http_closed_to_the_network(cls, value: str, info: ValidationInfo) -> str:
+        if value:
+            encrypted = info.data.get("tls_cert") is not None
+            check_listen(value, allow_plaintext=encrypted or bool(info.data.get("allow_plaintext")))
+        return value
 
     @field_validator("dispatch_policy")
     @classmethod

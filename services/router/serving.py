@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from services.router.access import KeyInterceptor
 from services.router.cluster_servicer import ClusterServicer
@@ -31,9 +31,13 @@ from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
 from starmesh.process import write_port_file
 from starmesh.rpc.api_keys import ApiKeys
+from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import RpcServer, is_loopback
 from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from services.router.http.server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ class RouterProcess:
         self.address = ""
         self._settings = settings
         self._ledger = ledger
+        self._model = model
         self._prefills = PrefillCalls(credentials)
         self._predictions = Predictions(
             self.watch.find_predictor,
@@ -99,6 +104,7 @@ class RouterProcess:
             dispatch_policy=settings.dispatch_policy,
         )
         self._server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, cluster, service)
+        self._http = self._front_door(credentials) if settings.http_listen else None
         self._membership: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._readiness: asyncio.Task[None] | None = None
@@ -117,9 +123,11 @@ class RouterProcess:
             self._ledger, info, load=_no_load, ttl_s=settings.lease_ttl_s, interval_s=settings.report_interval_s
         )
         try:
+            if self._http is not None:
+                await self._http.start()
             await self._membership.start()
         except BaseException:
-            await self._server.stop(0)
+            await self._stop_servers(0)
             raise
         self._tasks = [
             asyncio.create_task(self.watch.run(self._on_view), name="ledger views"),
@@ -132,7 +140,16 @@ class RouterProcess:
         self._readiness = asyncio.create_task(self._serve_when_ready(), name="health")
         write_port_file(settings.port_file, self.address)
         log.info("listening on %s", self.address)
+        if self._http is not None:
+            log.info("HTTP on %s", self.http_url)
         return self
+
+    @property
+    def http_url(self) -> str:
+        """Where HTTP is served, without a path; empty where it is not."""
+        if self._http is None:
+            return ""
+        return f"{'https' if self._settings.tls_cert else 'http'}://{self._http.address}"
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,7 +165,7 @@ class RouterProcess:
             async with asyncio.timeout(self._settings.grace_s):
                 await self.router.idle.wait()
         await self.router.stop()
-        await self._server.stop(_SERVER_GRACE_S)
+        await self._stop_servers(_SERVER_GRACE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -158,6 +175,21 @@ class RouterProcess:
         if self._membership is not None:
             await self._membership.stop()
         log.info("stopped")
+
+    def _front_door(self, credentials: Credentials | None) -> HttpServer:
+        # Only where it is asked for: FastAPI takes half a second to import.
+        from services.router.http.front_door import front_door
+        from services.router.http.parts import HttpParts
+
+        parts = HttpParts(
+            settings=self._settings, router=self.router, model=self._model, watch=self.watch, keys=self.keys
+        )
+        return front_door(parts, credentials)
+
+    async def _stop_servers(self, grace_s: float) -> None:
+        if self._http is not None:
+            await self._http.stop(grace_s)
+        await self._server.stop(grace_s)
 
     async def _serve_when_ready(self) -> None:
         await self.watch.ready.wait()
