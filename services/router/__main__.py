@@ -7,17 +7,21 @@ from services.router.model import ServedModel
 from services.router.serving import RouterProcess
 from starmesh.model_files import fetch_model
 from starmesh.process import run_service
+from starmesh.telemetry.ledger_metrics import LedgerMetrics
+from starmesh.types import Role
 
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Serve until ``stop``, then let the streams in flight end within the grace period."""
     model = await asyncio.to_thread(_load, settings)
-    ledger = settings.open_ledger()
-    try:
-        async with RouterProcess(settings, ledger, model):
-            await stop.wait()
-    finally:
-        await ledger.close()
+    async with settings.open_metrics(Role.ROUTER.value) as metrics:
+        ledger = settings.open_ledger()
+        ledger.on_operation = LedgerMetrics(metrics.meter)
+        try:
+            async with RouterProcess(settings, ledger, model, metrics):
+                await stop.wait()
+        finally:
+            await ledger.close()
 
 
 def _load(settings: RouterSettings) -> ServedModel:

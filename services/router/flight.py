@@ -7,6 +7,7 @@ Everything here is a plain call on the event loop: a token costs no task and no 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from services.router.answer import Answer, Detokenizer, Piece
 from services.router.stream import TokenStream, Verdict
 from starmesh.rpc import convert
 from starmesh.rpc.status import StatusError, from_sequence_status
+from starmesh.telemetry.bucket_counts import BucketCounts
 from starmesh.types import FinishReason, Ownership
 from starmesh.v1 import decode_pb2, sequence_pb2
 
@@ -111,6 +113,11 @@ class Flight:
         self.recoveries = 0
         self.migrations = 0
         self.error: StatusError | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        """When the first and the newest token came, by ``time.monotonic``."""
+        self.gaps: BucketCounts | None = None
+        """Where the seconds between tokens are counted, if anywhere; tokens that come together end one gap."""
         self.stream.token_ids.extend(output_token_ids)
         self._answer: Answer | None = None
         self._window_s = coalesce_window_s
@@ -191,6 +198,9 @@ class Flight:
         stream = self.stream
         known_epoch = stream.epoch
         verdict = stream.accept(epoch, offset, token_ids, reason)
+        if token_ids and (verdict is Verdict.NEW or verdict is Verdict.END):
+            now_s = time.monotonic()
+            self._note_time(now_s)
         if stream.epoch != known_epoch and self._on_newer_epoch is not None:
             self._on_newer_epoch(epoch)
         if verdict is Verdict.NEW:
@@ -201,6 +211,13 @@ class Flight:
         elif verdict is Verdict.GAP:
             held = len(stream.token_ids)
             self._settle(Broken(f"epoch {epoch} continues at token {offset}, {held} are here"))
+
+    def _note_time(self, now_s: float) -> None:
+        if self.last_token_s is None:
+            self.first_token_s = now_s
+        elif self.gaps is not None:
+            self.gaps.add(now_s - self.last_token_s)
+        self.last_token_s = now_s
 
     def find_finish(self, eos_token_ids: frozenset[int]) -> bool:
         """End the stream if the accepted tokens end the sequence already; ``eos_token_ids`` is empty where they do

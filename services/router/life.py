@@ -61,6 +61,8 @@ class Life:
         """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
         request is left."""
         flight, model = self._flight, self._parts.model.name
+        self._parts.metrics.began()
+        flight.gaps = self._parts.metrics.gaps
         attributes = {names.REQUEST_ID: flight.request_id, **asked_attributes(self._request, model)}
         try:
             with span(names.SPAN_GENERATE, parent, kind=trace.SpanKind.SERVER, attributes=attributes) as self._span:
@@ -82,6 +84,7 @@ class Life:
             log.exception("request %s failed", flight.request_id)
             flight.fail(StatusError(grpc.StatusCode.INTERNAL, "internal error; the router's log has it"))
         finally:
+            self._parts.metrics.ended(self._request, flight, self._loop.time() - self._began_s)
             await self._clean_up()
 
     async def _prepare(self) -> None:
@@ -129,6 +132,7 @@ class Life:
         if self._recovering:
             self._recovering = False
             flight.recoveries += 1
+            self._parts.metrics.recovered()
             with span(names.SPAN_RECOVERY, attributes={names.REQUEST_ID: flight.request_id}) as recovery:
                 recovery.set_attribute(names.RECOVERIES, flight.recoveries)
                 if self._lost:
@@ -165,6 +169,7 @@ class Life:
         finally:
             parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
         if first:
+            parts.metrics.first_token(self._request, self._loop.time() - self._began_s)
             flight.cached_tokens = response.cached_tokens
             self._span.add_event(names.EVENT_FIRST_TOKEN)
             self._span.set_attribute(names.TIME_TO_FIRST_CHUNK, self._loop.time() - self._began_s)

@@ -8,6 +8,7 @@ from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Dispatcher
 from services.router.ledger_watch import LedgerWatch
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.owners import Owners
 from services.router.predictions import Predictions
@@ -26,3 +27,4 @@ class Parts:
     links: DecodeLinks
     prefills: PrefillCalls
     predictions: Predictions
+    metrics: RouterMetrics

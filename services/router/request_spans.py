@@ -19,6 +19,7 @@ from starmesh.telemetry import names
 from starmesh.telemetry.setup import note_failure, tracer
 from starmesh.v1 import inference_pb2
 
+PROVIDER = "starmesh"
 _SAMPLING = {
     "max_output_tokens": names.MAX_TOKENS,
     "temperature": names.TEMPERATURE,
@@ -28,12 +29,16 @@ _SAMPLING = {
 }
 
 
+def operation(request: inference_pb2.GenerateRequest) -> str:
+    """What OpenTelemetry calls what a request asks for."""
+    return "chat" if request.WhichOneof("input") == "chat" else "text_completion"
+
+
 def asked_attributes(request: inference_pb2.GenerateRequest, model: str) -> dict[str, str | int | float]:
     """What a request asks of ``model``, as far as it says."""
-    chat = request.WhichOneof("input") == "chat"
     attributes: dict[str, str | int | float] = {
-        names.OPERATION: "chat" if chat else "text_completion",
-        names.PROVIDER: "starmesh",
+        names.OPERATION: operation(request),
+        names.PROVIDER: PROVIDER,
         names.MODEL: model,
         names.OUTPUT_TYPE: "text",
     }

@@ -80,7 +80,7 @@ class Router:
         settings, model = self._parts.settings, self._parts.model
         request_id = request.request_id or secrets.token_hex(12)
         former = self._entries.get(request_id)
-        with refusals_noted(request, model.name, parent):
+        with refusals_noted(request, model.name, parent), self._parts.metrics.refusals_counted():
             self._check_takes(request, former)
         duration_s = settings.max_duration_s if timeout_s is None else min(timeout_s, settings.max_duration_s)
         flight = Flight(

@@ -20,6 +20,7 @@ from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Dispatcher
 from services.router.ledger_watch import LedgerWatch
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.owners import Owners
 from services.router.parts import Parts
@@ -33,6 +34,7 @@ from starmesh.process import write_port_file
 from starmesh.rpc.api_keys import ApiKeys
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.server import RpcServer, is_loopback
+from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -48,9 +50,13 @@ _SERVER_GRACE_S = 1.0
 class RouterProcess:
     """Use as an async context manager: serves inside, drains on the way out."""
 
-    def __init__(self, settings: RouterSettings, ledger: Ledger, model: ServedModel) -> None:
+    def __init__(
+        self, settings: RouterSettings, ledger: Ledger, model: ServedModel, metrics: Metrics = NO_METRICS
+    ) -> None:
         self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
-        self.dispatcher = Dispatcher(ledger, self.watch, settings)
+        instruments = RouterMetrics(metrics, model=model.name)
+        self.dispatcher = Dispatcher(ledger, self.watch, settings, on_placed=instruments.placed)
+        instruments.watch(queued=lambda: self.dispatcher.queued_requests, view=lambda: self.watch.view)
         credentials = settings.load_credentials()
         self.keys = ApiKeys.load(settings.api_keys) if settings.api_keys is not None else None
         """Whom clients are known by; None: all are let in."""
@@ -77,6 +83,7 @@ class RouterProcess:
                 links=self.links,
                 prefills=self._prefills,
                 predictions=self._predictions,
+                metrics=instruments,
             )
         )
         self._server = RpcServer(

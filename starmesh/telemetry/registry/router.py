@@ -9,7 +9,7 @@ from starmesh.telemetry.registry.metric import GAPS_S, TOKENS, WAITS_S, Kind, Me
 from starmesh.types import Role
 
 _ROLES: Final = (Role.ROUTER,)
-_MODEL: Final = (names.OPERATION, names.MODEL)
+_MODEL: Final = (names.OPERATION, names.PROVIDER, names.MODEL)
 
 REQUEST_DURATION = Metric(
     name="gen_ai.server.request.duration",
