@@ -75,8 +75,17 @@ def explain(error: grpc.aio.AioRpcError, *, address: str) -> str:
         message = status.message.removesuffix(" later").removesuffix("; try again")
         return f"{message}; try again in {max(retry_delay_s, 0.1):.1f} s"
     match status.code:
+        case grpc.StatusCode.UNAVAILABLE if "CERTIFICATE_VERIFY_FAILED" in status.message:
+            return (
+                f"the certificate of {address} is not accepted: no CA of --tls-ca signed it, it is for another host, "
+                "or it has expired"
+            )
+        case grpc.StatusCode.UNAVAILABLE if "Socket closed" in status.message:
+            return f"{address} hangs up; if it speaks TLS, give --tls-ca, else look whether it is a router"
         case grpc.StatusCode.UNAVAILABLE:
             return f"no router answers at {address}; start a cluster with `starmesh up`, or name another with --address"
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return f"{address} lets nobody in without a valid API key ({status.message}); give --api-key-file"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return "the time was over before the answer; give more with --timeout"
         case grpc.StatusCode.INVALID_ARGUMENT:
