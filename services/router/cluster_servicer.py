@@ -9,22 +9,23 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.timestamp_pb2 import Timestamp
 from opentelemetry.trace import Span, SpanKind
 
+from services.router.cluster_frames import ClusterFrames, instance_messages
 from services.router.cluster_predictor import promote_version, read_predictor
 from services.router.ledger_watch import LedgerWatch
 from services.router.operator_moves import Move, follow_move, plan_move
 from services.router.owners import Owners
 from services.router.router import Router
+from services.router.seen_moves import SeenMoves
 from services.router.validation import check_request_id, duration_in
-from starmesh.rpc import convert, convert_migration
+from starmesh.rpc import convert_migration
 from starmesh.rpc.channels import open_channel
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
 from starmesh.telemetry.setup import address_attributes, context_of_call, link_to, note_failure, traceparent_of, tracer
-from starmesh.types import ClusterView, MigrationReason, Role
+from starmesh.types import MigrationReason, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -44,6 +45,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         router: Router,
         watch: LedgerWatch,
         owners: Owners,
+        frames: ClusterFrames,
+        moves: SeenMoves,
         *,
         credentials: Credentials | None,
         dispatch_policy: str,
@@ -53,6 +56,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._credentials = credentials
         self._watch = watch
         self._owners = owners
+        self._frames = frames
+        self._moves = moves
         self._dispatch_policy = dispatch_policy
 
     async def ListInstances(  # noqa: N802 - gRPC's name
@@ -60,7 +65,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.ListInstancesResponse:
         view = await self._watch.refresh()
         return cluster_pb2.ListInstancesResponse(
-            instances=_instances(view),
+            instances=instance_messages(view),
             dispatch_policy=self._dispatch_policy,
             ledger_available=self._watch.available,
         )
@@ -72,16 +77,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         if request.HasField("interval"):
             interval_s = duration_in(request.interval, "interval", _MIN_INTERVAL_S, _MAX_INTERVAL_S)
         stopping = self._router.stopping
+        if request.max_sequences < 0:
+            raise bad_field("max_sequences", "is negative; use 0 for all")
         while not stopping.is_set():
-            now = Timestamp()
-            now.GetCurrentTime()
-            yield cluster_pb2.WatchClusterResponse(
-                observe_time=now,
-                instances=_instances(self._watch.view),
-                queued_requests=self._router.queued_requests,
-                active_requests=self._router.active_requests,
-                ledger_available=self._watch.available,
-            )
+            yield await self._frames.frame(max_sequences=request.max_sequences)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await stopping.wait()
@@ -118,6 +117,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         view = await self._watch.refresh()
         owner = await self._owners.find(request.request_id)
         move = plan_move(view, owner, request.request_id, request.target_instance_id)
+        self._moves.ordered(request.request_id, move.source.instance_id, request.target_instance_id)
         source_id = move.source.instance_id
         command = _begin_command(move, context)
         # A caller that goes ends this call with its own; the migration goes on.
@@ -168,9 +168,3 @@ def _begin_command(move: Move, context: Context) -> Span:
             **address_attributes(move.source.address),
         },
     )
-
-
-def _instances(view: ClusterView) -> list[cluster_pb2.Instance]:
-    """By role, then id."""
-    messages = [convert.instance_pb(instance, now_s=view.now_s) for instance in view.instances]
-    return sorted(messages, key=lambda message: (message.role, message.instance_id))

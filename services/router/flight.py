@@ -118,6 +118,8 @@ class Flight:
         """When the first and the newest token came, by ``time.monotonic``."""
         self.gaps: BucketCounts | None = None
         """Where the seconds between tokens are counted, if anywhere; tokens that come together end one gap."""
+        self.on_next_token: Callable[[float], None] | None = None
+        """Hears once when the next one comes."""
         self.stream.token_ids.extend(output_token_ids)
         self._answer: Answer | None = None
         self._window_s = coalesce_window_s
@@ -201,6 +203,9 @@ class Flight:
         if token_ids and (verdict is Verdict.NEW or verdict is Verdict.END):
             now_s = time.monotonic()
             self._note_time(now_s)
+            if self.on_next_token is not None:
+                told, self.on_next_token = self.on_next_token, None
+                told(now_s)
         if stream.epoch != known_epoch and self._on_newer_epoch is not None:
             self._on_newer_epoch(epoch)
         if verdict is Verdict.NEW:

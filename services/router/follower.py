@@ -18,7 +18,7 @@ from services.router.parts import Parts
 from starmesh.policy.admission import Need
 from starmesh.rpc import convert
 from starmesh.telemetry import names
-from starmesh.types import InstanceInfo, Ownership
+from starmesh.types import InstanceInfo, InstanceState, Ownership
 from starmesh.v1 import decode_pb2
 
 
@@ -117,6 +117,11 @@ class Follower:
         """Whatever is kept of the request by instance goes along."""
         flight, parts = self._flight, self._parts
         flight.migrations += 1
+        known = parts.watch.find(source.instance_id)
+        draining = known is not None and known.state is not InstanceState.READY
+        parts.moves.note(
+            flight, source=source.instance_id, target=owner.instance_id, epoch=owner.epoch, draining=draining
+        )
         parts.owners.follow(flight.request_id, owner)
         stream = flight.stream
         output_tokens = len(stream.token_ids)

@@ -61,6 +61,7 @@ class Life:
         """Run to the end of the stream, its deadline or a cancel; the flight has heard of it then, and nothing of the
         request is left."""
         flight, model = self._flight, self._parts.model.name
+        self._parts.activity.began(flight)
         self._parts.metrics.began()
         flight.gaps = self._parts.metrics.gaps
         attributes = {names.REQUEST_ID: flight.request_id, **asked_attributes(self._request, model)}
@@ -84,6 +85,7 @@ class Life:
             log.exception("request %s failed", flight.request_id)
             flight.fail(StatusError(grpc.StatusCode.INTERNAL, "internal error; the router's log has it"))
         finally:
+            self._parts.activity.ended(flight)
             self._parts.metrics.ended(self._request, flight, self._loop.time() - self._began_s)
             await self._clean_up()
 
@@ -169,6 +171,7 @@ class Life:
         finally:
             parts.dispatcher.prefilled(flight.request_id, placement.prefill.instance_id)
         if first:
+            parts.activity.first_token(flight)
             parts.metrics.first_token(self._request, self._loop.time() - self._began_s)
             flight.cached_tokens = response.cached_tokens
             self._span.add_event(names.EVENT_FIRST_TOKEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.router.activity import Activity
 from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
 from services.router.dispatcher import Dispatcher
@@ -13,6 +14,7 @@ from services.router.model import ServedModel
 from services.router.owners import Owners
 from services.router.predictions import Predictions
 from services.router.prefill_calls import PrefillCalls
+from services.router.seen_moves import SeenMoves
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +29,6 @@ class Parts:
     links: DecodeLinks
     prefills: PrefillCalls
     predictions: Predictions
+    activity: Activity
+    moves: SeenMoves
     metrics: RouterMetrics

@@ -11,10 +11,13 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from services.router.access import KeyInterceptor
+from services.router.activity import Activity
+from services.router.cluster_frames import ClusterFrames
 from services.router.cluster_servicer import ClusterServicer
 from services.router.config import RouterSettings
 from services.router.decode_link import DecodeLinks
@@ -27,6 +30,7 @@ from services.router.parts import Parts
 from services.router.predictions import Predictions
 from services.router.prefill_calls import PrefillCalls
 from services.router.router import Router
+from services.router.seen_moves import SeenMoves
 from services.router.servicer import InferenceServicer
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
@@ -73,6 +77,8 @@ class RouterProcess:
             timeout_s=settings.predictor_timeout_s,
         )
         self._owners = Owners(ledger, ttl_s=settings.owner_ttl_s, available=lambda: self.watch.available)
+        self._activity = Activity(time.monotonic)
+        moves = SeenMoves(time.monotonic)
         self.router = Router(
             Parts(
                 settings=settings,
@@ -83,9 +89,21 @@ class RouterProcess:
                 links=self.links,
                 prefills=self._prefills,
                 predictions=self._predictions,
+                activity=self._activity,
+                moves=moves,
                 metrics=instruments,
             )
         )
+        self.frames = ClusterFrames(
+            ledger,
+            self.watch,
+            self.router,
+            self._activity,
+            moves,
+            router_id=settings.name_instance(Role.ROUTER.value),
+            credentials=credentials,
+        )
+        """What people see who watch the cluster."""
         self._server = RpcServer(
             listen=settings.listen,
             allow_plaintext=settings.allow_plaintext,
@@ -107,6 +125,8 @@ class RouterProcess:
             self.router,
             self.watch,
             self._owners,
+            self.frames,
+            moves,
             credentials=credentials,
             dispatch_policy=settings.dispatch_policy,
         )
@@ -176,6 +196,7 @@ class RouterProcess:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.frames.close()
         await self.links.close()
         await self._prefills.close()
         await self._predictions.close()
@@ -211,6 +232,7 @@ class RouterProcess:
         await self._prefills.retain(instances)
         await self._predictions.retain(instances)
         self.dispatcher.wake()
+        self._activity.sample()
 
 
 async def _no_load() -> InstanceLoad:
