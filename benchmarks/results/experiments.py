@@ -119,7 +119,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             tuple(
                 runs(
                     (VLLM[0], *STATIC, *pair, "star_plus_oracle"),
-                    (0.14, 0.17, 0.2),
+                    (0.17, 0.2, 0.25),
                     profile=edge,
                     shadow_s=400.0,
                     queue_timeout_s=STRICT.ttft_s,
