@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -123,11 +122,13 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def write_keys(path: Path, keys: tuple[ApiKey, ...]) -> None:
-    """Replace the file in one step, readable by its owner and group: a reader sees the old one or the new one."""
+    """Replace the file in one step, so that a reader sees the old one or the new one. A new file is readable by its
+    owner and group; one that was there keeps its mode. Raises OSError."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o640
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [_HEADER, *(json.dumps(_document(key)) for key in keys)]
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.chmod(0o640)
+    temporary.chmod(mode)
     temporary.replace(path)
 
 
@@ -175,9 +176,10 @@ def _number(document: dict[str, Any], name: str) -> float | None:
     if value is None:
         return None
     # Also what Python would call a number: true is 1.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: a number is wanted")
-    return float(min(value, MAX_LIMIT + 1))
+    # What is out of range stays so, and fits a float.
+    return float(max(-1, min(value, MAX_LIMIT + 1)))
 
 
 def _whole(document: dict[str, Any], name: str) -> int | None:
