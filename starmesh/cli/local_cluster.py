@@ -17,6 +17,7 @@ from typing import Final
 from starmesh.cli.local_security import LocalSecurity
 from starmesh.cli.login import Login
 from starmesh.cli.run import CliError
+from starmesh.cli.scraping import TARGETS_FILE, metrics_address, write_targets
 from starmesh.cli.service_process import ServiceProcess, ServiceSpec
 from starmesh.ledger import LedgerError
 from starmesh.ledger.server import EmbeddedServer
@@ -34,7 +35,8 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 class ClusterPlan:
     """What to start. ``model`` is None where none runs. ``engine_flags`` go to prefill and decode, ``router_flags`` to
     the router, and so on. Without ``predict`` there is no predictor, and decode instances look for none. With ``tls``
-    services speak mutual TLS, and the router wants an API key, both made for this cluster."""
+    services speak mutual TLS, and the router wants an API key, both made for this cluster. ``metrics_port``, unless 0,
+    is that of the router's page with metrics; the others take the ports after it."""
 
     model: Path | None
     run_directory: Path
@@ -45,6 +47,7 @@ class ClusterPlan:
     grace_s: float = 5.0
     predict: bool = True
     tls: bool = False
+    metrics_port: int = 0
     engine_flags: tuple[str, ...] = ()
     decode_flags: tuple[str, ...] = ()
     router_flags: tuple[str, ...] = ()
@@ -80,9 +83,11 @@ class ClusterPlan:
                     *(security.shared_flags if security is not None else ()),
                     *own_flags.get(role, ()),
                 ),
+                metrics_address=metrics_address(self.metrics_port, place) if self.metrics_port else "",
             )
-            for role, count in counts.items()
-            for number in range(count)
+            for place, (role, number) in enumerate(
+                (role, number) for role, count in counts.items() for number in range(count)
+            )
         ]
 
 
@@ -107,6 +112,17 @@ class LocalCluster:
     def address(self) -> str:
         """The router's HOST:PORT."""
         return self.processes[0].address
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """URLs of the pages with metrics, by instance; empty without."""
+        specs = (process.spec for process in self.processes)
+        return {spec.instance_id: f"http://{spec.metrics_address}/metrics" for spec in specs if spec.metrics_address}
+
+    @property
+    def targets_file(self) -> Path:
+        """What tells a Prometheus where they are."""
+        return self._plan.run_directory / TARGETS_FILE
 
     @property
     def login(self) -> Login:
@@ -224,6 +240,8 @@ async def start_cluster(plan: ClusterPlan, report: Callable[[str], None]) -> Asy
         security = LocalSecurity.make(plan.run_directory / "tls") if plan.tls else None
         specs = plan.services(plan.ledger if ledger is None else ledger.url, security)
         credentials = None if security is None else security.credentials
+        if plan.metrics_port:
+            write_targets(specs, plan.run_directory)
         processes = [ServiceProcess(spec, plan.run_directory, credentials) for spec in specs]
         cluster = LocalCluster(processes, ledger, plan, report, security)
         stack.push_async_callback(cluster.stop)

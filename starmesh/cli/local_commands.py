@@ -51,7 +51,6 @@ def up(
     policy: Annotated[ReschedulingPolicy, typer.Option(help="How running requests are rebalanced.")] = "star_plus",
     predictor: local_options.Predictor = "",
     predictor_dir: local_options.PredictorDir = None,
-    predictor_metrics: local_options.PredictorMetrics = "",
     collect: local_options.CollectDir = None,
     collect_max_mib: local_options.CollectMaxMib = 1024,
     record: Annotated[
@@ -70,6 +69,15 @@ def up(
     tls: Annotated[
         bool, typer.Option("--tls", help="Mutual TLS between services and an API key, made for this cluster.")
     ] = False,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=1,
+            max=65_000,
+            help="Show metrics for Prometheus: the router on this port, the others on those after it. (default: none)",
+        ),
+    ] = None,
     restart: Annotated[bool, typer.Option(help="Start a service again that dies.")] = True,
     run_dir: local_options.RunDir = None,
 ) -> None:
@@ -89,7 +97,6 @@ def up(
         directory=predictor_dir,
         collect=collect,
         collect_max_mib=collect_max_mib,
-        metrics=predictor_metrics,
     )
     predicting.check(dispatch)
     emulating.check(predicting)
@@ -126,8 +133,12 @@ def up(
         rescheduler_flags=("--policy", policy, *(("--record", str(record.absolute())) if record else ())),
         predict=predicting.on,
         tls=tls,
+        metrics_port=metrics or 0,
         predictor_flags=predicting.flags,
     )
+    for spec in plan.services(ledger):
+        if spec.metrics_address:
+            _check_port(int(spec.metrics_address.rpartition(":")[2]), "--metrics")
     notice = f"{emulating.description}; {choice.description}" if emulating.on else choice.description
     run(keep_up(emulating.apply(plan), Console(), restart=restart, notice=notice))
 
@@ -173,11 +184,11 @@ def fetch(
         print(directory)
 
 
-def _check_port(port: int) -> None:
+def _check_port(port: int, option: str = "--port, or 0 for a free one") -> None:
     """Say now that a port is taken, and not after the instances have loaded their model."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            fail(f"cannot listen on port {port}: {error.strerror}; name another with --port, or 0 for a free one")
+            fail(f"cannot listen on port {port}: {error.strerror}; name another with {option}")

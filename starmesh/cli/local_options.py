@@ -45,9 +45,6 @@ CollectDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Store samples of all requests there, for training; no text.")
 ]
 CollectMaxMib = Annotated[int, typer.Option(min=1, help="Disk space that the samples may take.")]
-PredictorMetrics = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Serve the predictor's metrics there. (default: not at all)")
-]
 EVERY_TOKENS = 20
 """Tokens of a request between two of its samples: the engines' default."""
 NO_PREDICTOR = "none"
@@ -63,7 +60,6 @@ class Predicting:
     directory: Path | None = None
     collect: Path | None = None
     collect_max_mib: int | None = None
-    metrics: str = ""
 
     @property
     def on(self) -> bool:
@@ -75,7 +71,6 @@ class Predicting:
         wants = {
             "--predictor-dir": self.directory,
             "--collect": self.collect,
-            "--predictor-metrics": self.metrics,
             "--dispatch": dispatch == "predicted_load",
         }
         for option, wanted in wants.items():
@@ -93,7 +88,6 @@ class Predicting:
             "--predictor-dir": self.directory and str(self.directory.absolute()),
             "--collect": self.collect and str(self.collect.absolute()),
             "--collect-max-mib": str(self.collect_max_mib) if self.collect and self.collect_max_mib else "",
-            "--metrics-listen": self.metrics,
         }
         return tuple(part for flag, value in flags.items() if value for part in (flag, value))
 

@@ -38,13 +38,14 @@ if os.getppid() == int(sys.argv[1]):
 class ServiceSpec:
     """What to start: ``python -m services.ROLE`` with flags. ``ledger`` goes by the environment, since its url may
     hold a password and anyone can read the arguments of a process. ``module`` is run instead of ``services.ROLE`` where
-    it is given."""
+    it is given, and metrics are shown at ``metrics_address``, HOST:PORT, if it is."""
 
     instance_id: str
     role: str
     ledger: str
     flags: tuple[str, ...]
     module: str = ""
+    metrics_address: str = ""
 
 
 class ServiceProcess:
@@ -98,7 +99,8 @@ class ServiceProcess:
         self._port_file.unlink(missing_ok=True)
         module = [sys.executable, "-m", self.spec.module or f"services.{self.spec.role}"]
         identity = ["--instance-id", self.spec.instance_id, "--port-file", str(self._port_file)]
-        command = [*module, *identity, *self.spec.flags]
+        metrics = ("--metrics-listen", self.spec.metrics_address) if self.spec.metrics_address else ()
+        command = [*module, *identity, *self.spec.flags, *metrics]
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with self.log_path.open("ab") as log:

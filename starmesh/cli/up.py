@@ -43,6 +43,12 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool, notice: str)
                     soft_wrap=True,
                 )
                 console.print(notice, markup=False, highlight=False, soft_wrap=True)
+                if cluster.metrics:
+                    for instance_id, url in cluster.metrics.items():
+                        console.print(f"metrics of {instance_id}: {url}", soft_wrap=True)
+                    console.print(
+                        f"Prometheus finds them all by file_sd_configs: {cluster.targets_file}", soft_wrap=True
+                    )
                 if cluster.ledger_socket:
                     console.print(f"other services join it with --ledger {cluster.ledger_socket}", soft_wrap=True)
                 try:

@@ -29,6 +29,7 @@ from starmesh.cli.local_options import ONLINE_PREDICTOR, DispatchPolicy, Predict
 from starmesh.cli.options import Asking
 from starmesh.cli.predictor_commands import collect
 from starmesh.cli.run import CliError, explain
+from starmesh.cli.scraping import write_targets
 from starmesh.cli.status import TokenRates, cluster_table
 from starmesh.instance.settings import EngineSettings
 from starmesh.policy.dispatch import POLICIES
@@ -243,6 +244,17 @@ def test_the_ledgers_url_is_in_no_argument(tmp_path: Path) -> None:
     ]
     assert not any("secret" in flag for service in services for flag in service.flags)
     assert all(("--device" in service.flags) == (service.role in ("prefill", "decode")) for service in services)
+
+
+def test_metrics_are_on_ports_in_a_row(tmp_path: Path) -> None:
+    plan = ClusterPlan(model=tmp_path, run_directory=tmp_path, decode=1, metrics_port=9464)
+    services = plan.services("redis://here")
+    assert [service.metrics_address for service in services] == [f"127.0.0.1:{9464 + place}" for place in range(5)]
+    targets = json.loads(write_targets(services, tmp_path).read_text())
+    assert targets[0] == {"targets": ["127.0.0.1:9464"], "labels": {"job": "router"}}
+    assert [target["labels"]["job"] for target in targets] == [service.role for service in services]
+    without = dataclasses.replace(plan, metrics_port=0).services("redis://here")
+    assert not any(service.metrics_address for service in without)
 
 
 def test_without_a_predictor_decode_instances_look_for_none(tmp_path: Path) -> None:
