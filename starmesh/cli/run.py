@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import grpc.aio
 
 Result = TypeVar("Result")
+# Of gRPC's words for it.
+_CERTIFICATE_REFUSED = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
 
 
 class CliError(Exception):
@@ -75,7 +77,7 @@ def explain(error: grpc.aio.AioRpcError, *, address: str) -> str:
         message = status.message.removesuffix(" later").removesuffix("; try again")
         return f"{message}; try again in {max(retry_delay_s, 0.1):.1f} s"
     match status.code:
-        case grpc.StatusCode.UNAVAILABLE if "CERTIFICATE_VERIFY_FAILED" in status.message:
+        case grpc.StatusCode.UNAVAILABLE if any(said in status.message for said in _CERTIFICATE_REFUSED):
             return (
                 f"the certificate of {address} is not accepted: no CA of --tls-ca signed it, it is for another host, "
                 "or it has expired"

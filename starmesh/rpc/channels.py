@@ -24,8 +24,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 RETIRED_S = 600.0
-"""How long calls may go on over a channel whose certificate has been replaced; longer than any but streams take, and
-those have channels of their own."""
+"""How long calls may go on over a channel whose certificate has been replaced: longer than those of a pool take."""
 
 
 def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
@@ -45,7 +44,7 @@ class ChannelPool:
         self._credentials = credentials
         self._generation = 0 if credentials is None else credentials.generation
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
+        self._retired: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to ``address``, for a call that begins now."""
@@ -66,14 +65,17 @@ class ChannelPool:
     async def close(self) -> None:
         """Close all channels."""
         await self.retain(set())
-        retired = list(self._retired.items())
-        for channel, task in retired:
-            task.cancel()
-            await asyncio.wait([task])
+        for closing, channel in list(self._retired.items()):
+            closing.cancel()
             await channel.close()
 
     def _retire(self, channel: grpc.aio.Channel) -> None:
-        """Close a channel once the calls over it have ended."""
-        task = asyncio.create_task(channel.close(RETIRED_S), name="retired channel")
-        self._retired[channel] = task
-        task.add_done_callback(lambda _: self._retired.pop(channel, None))
+        """Close a channel when the calls over it have had the time to end."""
+        closing = asyncio.create_task(_close_later(channel), name="retired channel")
+        self._retired[closing] = channel
+        closing.add_done_callback(lambda _: self._retired.pop(closing, None))
+
+
+async def _close_later(channel: grpc.aio.Channel) -> None:
+    await asyncio.sleep(RETIRED_S)
+    await channel.close()
