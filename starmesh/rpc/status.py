@@ -163,6 +163,9 @@ def _as_status(method: str, error: BaseException) -> StatusError:
         return error
     if isinstance(error, Malformed):
         return bad_field(error.field, error.description)
+    if isinstance(error, NotImplementedError):
+        # As generated servicers say of a method that nobody has written: grpc's health service has one.
+        return StatusError(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here")
     reference = secrets.token_hex(4)
     log.error("%s failed (reference %s)", method, reference, exc_info=error)
     return StatusError(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under {reference}")
