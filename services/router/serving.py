@@ -210,7 +210,12 @@ class RouterProcess:
         from services.router.http.parts import HttpParts
 
         parts = HttpParts(
-            settings=self._settings, router=self.router, model=self._model, watch=self.watch, keys=self.keys
+            settings=self._settings,
+            router=self.router,
+            model=self._model,
+            watch=self.watch,
+            frames=self.frames,
+            keys=self.keys,
         )
         return front_door(parts, credentials)
 

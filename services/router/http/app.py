@@ -13,6 +13,7 @@ from services.router.http.errors import InternalErrors, answer_in_openai_shape
 from services.router.http.generation import generation_routes
 from services.router.http.health import health_routes
 from services.router.http.hosts import LoopbackNames
+from services.router.http.live import live_routes
 from services.router.http.models import model_routes
 from services.router.http.openapi import describe
 from services.router.http.parts import HttpParts
@@ -52,5 +53,6 @@ def create_app(parts: HttpParts, *, loopback: bool) -> FastAPI:
     app.include_router(generation_routes(parts, door))
     app.include_router(model_routes(parts, door))
     app.include_router(health_routes(parts))
+    app.include_router(live_routes(parts.frames, parts.keys))
     describe(app, needs_key=parts.keys is not None)
     return app

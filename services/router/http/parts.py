@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from services.router.cluster_frames import ClusterFrames
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
 from services.router.model import ServedModel
@@ -20,6 +21,7 @@ class HttpParts:
     router: Router
     model: ServedModel
     watch: LedgerWatch
+    frames: ClusterFrames
     keys: ApiKeys | None = None
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970; what OpenAI's clients are told the model was made at."""
