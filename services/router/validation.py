@@ -26,6 +26,8 @@ MAX_STOP_STRING_BYTES = 256
 MAX_COALESCE_WINDOW_S = 1.0
 MAX_RESUME_WINDOW_S = 300.0
 MAX_PRIORITY = 100
+TOO_LONG = "CONTEXT_LENGTH_EXCEEDED"
+"""The reason of requests that do not fit the context."""
 ROLES = ("system", "user", "assistant")
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
@@ -85,6 +87,7 @@ def check_length(
                 "sampling.max_output_tokens",
                 f"is {max_output_tokens}, but the context of {facts.context_tokens} tokens leaves {room} after the "
                 f"prompt's {prompt_tokens}; leave it unset for as many as fit",
+                reason=TOO_LONG,
             )
     if len(request.output_token_ids) > max_output_tokens:
         raise bad_field(
@@ -149,6 +152,7 @@ def _too_long(field: str, prompt_tokens: int, facts: ModelFacts) -> StatusError:
         field,
         f"has {prompt_tokens} tokens, but the context of {facts.context_tokens} tokens must hold the prompt "
         f"and at least one output token; send at most {facts.context_tokens - 1}",
+        reason=TOO_LONG,
     )
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # What ends a handler and is no failure of it: an abort was sent, or the caller had gone before it could be.
 _ENDED = (grpc.aio.AbortError, grpc.aio.InternalError)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_DOMAIN = "starmesh"  # of ErrorInfo's reasons
 _DETAIL_TYPES: tuple[type[Message], ...] = (
     error_details_pb2.BadRequest,
     error_details_pb2.RetryInfo,
@@ -80,10 +81,16 @@ class StatusError(Exception):
         ]
 
 
-def bad_field(field: str, description: str, *, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> StatusError:
-    """A failure for which one field of the request is to blame; BadRequest names it."""
+def bad_field(
+    field: str, description: str, *, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT, reason: str = ""
+) -> StatusError:
+    """A failure for which one field of the request is to blame; BadRequest names it. ``reason``, in capitals, is for
+    programs that tell this failure from others of the field: ErrorInfo has it."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
-    return StatusError(code, f"{field}: {description}", error_details_pb2.BadRequest(field_violations=[violation]))
+    details: list[Message] = [error_details_pb2.BadRequest(field_violations=[violation])]
+    if reason:
+        details.append(error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN))
+    return StatusError(code, f"{field}: {description}", *details)
 
 
 def retry_later(code: grpc.StatusCode, message: str, delay_s: float) -> StatusError:

@@ -27,8 +27,6 @@ from starmesh.rpc.status import StatusError
 
 log = logging.getLogger(__name__)
 
-CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"
-
 _INVALID: Final = "invalid_request_error"
 _SERVER: Final = "server_error"
 # 499 is nginx's "client closed request": HTTP has no status for a request that was cancelled.

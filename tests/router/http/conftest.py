@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import uvicorn
 
 from tests.router.conftest import TIMEOUT_S, Mesh, SwitchableLedger, text_of, tokens_after
 
@@ -24,6 +25,12 @@ class HttpMesh(Mesh):
     @property
     def url(self) -> str:
         return self.process.http_url
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """uvicorn's."""
+        assert self.process._http is not None
+        return self.process._http._server
 
     async def start(self, **settings: Any) -> None:
         await super().start(**({"http_listen": "127.0.0.1:0"} | settings))

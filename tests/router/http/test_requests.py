@@ -171,8 +171,8 @@ def test_prompts_times_choices_are_bounded() -> None:
 def test_neutral_values_of_refused_fields_are_taken() -> None:
     chat(
         tools=[], tool_choice="auto", logprobs=False, top_logprobs=0, response_format={"type": "text"}, logit_bias={},
-        presence_penalty=0, frequency_penalty=0.0, modalities=["text"], verbosity="medium", user="me", metadata={"a": "b"},
-        store=False, service_tier="auto", parallel_tool_calls=True,
+        presence_penalty=0, frequency_penalty=0.0, modalities=["text"], verbosity="medium", user="me",
+        metadata={"a": "b"}, store=False, service_tier="auto", parallel_tool_calls=True,
     )  # fmt: skip
     completion(echo=False, suffix="", best_of=1)
 
