@@ -18,11 +18,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 PROJECT = "starmesh-check"
-WAIT_S = 180.0
+WAIT_S = 600.0
 UP_TIMEOUT_S = 1800.0  # the image is built, and the model fetched
 STOP_S = 45
 PROMPT = "Explain in detail why the sky is blue."
-OUTPUT_TOKENS = 200
+OUTPUT_TOKENS = 96
 READY = "INSTANCE_STATE_READY"
 DRAINED = "INSTANCE_STATE_DRAINED"
 
