@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class Client:
         self._resume_window_s = resume_window_s
         self._policy = retries
         self._routers: Routers | None = None
+        self._streams: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
         self._cancels: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -87,23 +89,30 @@ class Client:
             return (await stream.whole()).text
 
     async def close(self) -> None:
-        """Close the connections. Streams that are being read fail."""
+        """Cancel all requests and close the connections. Streams that are being read fail. A request that is made
+        afterwards opens them anew."""
+        routers, self._routers = self._routers, None
+        if routers is None:
+            return
+        routers.closed = True
+        for stream in list(self._streams):
+            stream.drop()
         if self._cancels:
             await asyncio.wait(self._cancels)
-        if self._routers is not None:
-            await self._routers.close()
-            self._routers = None
+        await routers.close()
 
     def _stream(self, prompt: Prompt | None, messages: Sequence[Message] | None, options: Options) -> AnswerStream:
         if self._routers is None:
             self._routers = Routers(self._addresses, tls_ca=self._tls_ca, api_key=self._api_key)
-        return AnswerStream(
+        stream = AnswerStream(
             self._routers,
             new_request(prompt, messages, options, resume_window_s=self._resume_window_s),
             timeout_s=options.get("timeout_s", self._timeout_s),
             policy=self._policy,
             forget=self._forget,
         )
+        self._streams.add(stream)
+        return stream
 
     def _forget(self, link: RouterLink, request_id: str) -> None:
         """Have a request cancelled, in the background: whoever lets go of a stream does not wait."""

@@ -44,7 +44,7 @@ class Routers:
         self._next = random.randrange(len(addresses))  # noqa: S311 - no secret
         self._loop = asyncio.get_running_loop()
         self.closed = False
-        """Whether nothing can be asked any more."""
+        """Whether nothing is to be asked any more."""
 
     def __len__(self) -> int:
         return len(self._links)
@@ -63,6 +63,5 @@ class Routers:
 
     async def close(self) -> None:
         """Close all connections."""
-        self.closed = True
         for link in self._links:
             await link.close()

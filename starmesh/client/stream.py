@@ -61,6 +61,8 @@ class AnswerStream:
         self._token_ids: list[int] = []
         self._link = routers.choose()
         self._call: Any = None
+        # Whether a router may be at work on the request.
+        self._wanted = False
         self._cancelled = asyncio.Event()
         self._pieces = self._run()
 
@@ -125,9 +127,17 @@ class AnswerStream:
             # It has ended, has not arrived yet, or is out of reach: nothing that is still to come is worth waiting for.
             call.cancel()
 
+    def drop(self) -> None:
+        """Tell the router that has the request, if one may, that nobody wants it any more. Waits for nothing."""
+        if not self._wanted:
+            return
+        self._wanted = False
+        self._call.cancel()
+        if self._resumable:  # the router takes a cancelled call for a broken stream
+            self._forget(self._link, self.request_id)
+
     async def _run(self) -> AsyncGenerator[Piece]:
         """Call after call until the answer is complete."""
-        over = False
         try:
             going_on = not self._cancelled.is_set()
             if going_on:
@@ -137,20 +147,18 @@ class AnswerStream:
                 try:
                     async for message in self._call:
                         piece = self._accept(message)
-                        over = piece.finish_reason is not None
+                        self._wanted = piece.finish_reason is None
                         yield piece
-                        if over:
+                        if piece.finish_reason is not None:
                             return
                     failure = Failure(StatusError(grpc.StatusCode.UNAVAILABLE, "the stream ended early"), broken=True)
                 except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                     failure = self._failure(error)
-                over = not failure.broken
+                self._wanted = failure.broken
                 going_on = await self._go_on(failure)
-                over = False
             yield Piece(text="", token_ids=(), offset=len(self._token_ids), finish_reason=FinishReason.CANCELLED)
         finally:
-            if self._call is not None and not over and not self._routers.closed:
-                self._drop()
+            self.drop()
 
     def _failure(self, error: grpc.aio.AioRpcError | asyncio.CancelledError) -> Failure:
         """Why the call failed. Raises a cancellation of the task itself anew."""
@@ -184,8 +192,7 @@ class AnswerStream:
                 request = inference_pb2.ResumeRequest(request_id=self.request_id, offset=len(self._token_ids))
                 self._call = self._link.stub.Resume(request, timeout=self._remaining_s())
             case Anew(elsewhere=elsewhere):
-                if failure.broken:
-                    self._drop()
+                self.drop()
                 if elsewhere:
                     self._link = self._routers.choose(other_than=self._link)
                 # The former may still be in use, at a router out of reach or in the ledger.
@@ -199,16 +206,11 @@ class AnswerStream:
         del request.output_token_ids[:]
         request.output_token_ids.extend(self._token_ids)
         self._call = self._link.stub.Generate(request, timeout=self._remaining_s())
+        self._wanted = True
 
     def _check_open(self) -> None:
         if self._routers.closed:
             raise ClientError(grpc.StatusCode.CANCELLED, "the client has been closed")
-
-    def _drop(self) -> None:
-        """Nobody wants the request any more that is at the router now."""
-        self._call.cancel()
-        if self._resumable:  # the router takes a cancelled call for a broken stream
-            self._forget(self._link, self.request_id)
 
     def _accept(self, message: inference_pb2.GenerateResponse) -> Piece:
         if message.offset != len(self._token_ids):
