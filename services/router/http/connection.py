@@ -7,6 +7,7 @@ Owns also that what is no HTTP is answered in OpenAI's shape.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Final
 
 import h11
@@ -22,6 +23,7 @@ HEAD_S: Final = 20.0
 """Seconds that they may take to arrive; also from the moment of connecting."""
 KEEP_ALIVE_S: Final = 30
 """Seconds that a connection stays open for the client's next request."""
+_HEAD_END: Final = re.compile(rb"\n\r?\n")
 
 
 class BoundedConnection(H11Protocol):
@@ -42,6 +44,11 @@ class BoundedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on."""
+        # h11 bounds a head that comes in pieces; this is for one that comes at once.
+        at_once = self.conn.their_state is h11.IDLE and len(data) > MAX_HEAD_BYTES
+        if at_once and _HEAD_END.search(data, 0, MAX_HEAD_BYTES) is None:
+            self.send_400_response("")
+            return
         super().data_received(data)
         self._watch_head()
 
