@@ -1,0 +1,81 @@
+"""kill -9 of real routers under streams of emulated engines: every answer is what it would have been."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+from starmesh.client import Client, FinishReason, Piece
+from starmesh.emulation.requests import emulated_prompt
+from starmesh.engine.emulated import EOS_TOKEN_ID, output_token_id
+from tests.mesh.processes import Mesh, Service
+
+# Steps of 6 ms.
+EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "12000")
+# What a dead router has in the ledger goes soon.
+ROUTER = (*EMULATED, "--owner-ttl-s", "3", "--reservation-ttl-s", "3")
+STREAMS = 16
+PROMPT_TOKENS = 40
+OUTPUT_TOKENS = 400
+KILL_AT = 120
+
+
+def check(pieces: list[Piece]) -> None:
+    """Demand the tokens and the text of an undisturbed run, each once and in order."""
+    token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+    positions = range(PROMPT_TOKENS, PROMPT_TOKENS + OUTPUT_TOKENS - 1)
+    assert token_ids == [*map(output_token_id, positions), EOS_TOKEN_ID]
+    assert "".join(piece.text for piece in pieces) == "".join(f" {position}" for position in positions)
+    assert pieces[-1].finish_reason is FinishReason.STOP
+    assert pieces[-1].usage is not None
+    assert (pieces[-1].usage.prompt_tokens, pieces[-1].usage.output_tokens) == (PROMPT_TOKENS, OUTPUT_TOKENS)
+
+
+async def stream_all(client: Client, kill: Service) -> set[str]:
+    """Run all streams and kill a router when the first is at ``KILL_AT`` tokens. Returns the ids of those that had to
+    be begun anew."""
+    again: set[str] = set()
+
+    async def one(number: int) -> None:
+        request_id = f"{kill.name}-{number}"
+        pieces: list[Piece] = []
+        stream = client.generate(emulated_prompt(PROMPT_TOKENS, OUTPUT_TOKENS), request_id=request_id)
+        async for piece in stream:
+            pieces.append(piece)
+            if piece.offset >= KILL_AT and kill.process.returncode is None:
+                kill.kill()
+                await kill.process.wait()
+        check(pieces)
+        if stream.request_id != request_id:
+            again.add(request_id)
+
+    await asyncio.gather(*map(one, range(STREAMS)))
+    return again
+
+
+async def test_answers_outlive_routers(tmp_path: Path) -> None:
+    async with Mesh(tmp_path, tmp_path) as mesh:
+        await mesh.start_all(prefill=1, decode=2, flags=(*EMULATED, "--transfer", "stream"), router_flags=ROUTER)
+        other = await mesh.start("router", "router-1", *ROUTER)
+        async with Client([mesh.services["router"].address, other.address], timeout_s=120) as client:
+            # Those of the dead router go on at the other, those of the other are not touched.
+            assert len(await stream_all(client, other)) == STREAMS // 2
+        await mesh.settled()
+        # One that is alone is waited for, and goes on with requests that it has never heard of.
+        listen = f"127.0.0.1:{free_port()}"
+        alone = await mesh.start("router", "router-2", *ROUTER, "--listen", listen)
+        async with Client(listen, timeout_s=120) as client:
+            streams = asyncio.create_task(stream_all(client, alone))
+            while alone.process.returncode is None:
+                assert not streams.done() or streams.result()
+                await asyncio.sleep(0.02)
+            await mesh.start("router", "router-2", *ROUTER, "--listen", listen)
+            assert len(await streams) == STREAMS
+        await mesh.settled()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
