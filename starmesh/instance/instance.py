@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from starmesh.ledger.membership import Membership
 from starmesh.model_files import DEFAULT_MODEL, fetch_model
 from starmesh.process import write_port_file
 from starmesh.rpc.channels import ChannelPool
-from starmesh.rpc.server import RpcServer
+from starmesh.rpc.server import RpcServer, is_loopback
 from starmesh.telemetry.ledger_metrics import LedgerMetrics
 from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.transfer import PullResult, TransferError
@@ -265,6 +266,9 @@ class Instance:
                 "KV is moved %s",
                 "by NIXL, unencrypted, as --transfer says" if clear else "over TLS only, not by NIXL",
             )
+        if is_loopback(settings.listen) and not settings.allow_plaintext:
+            # UCX, below NIXL, would listen on every network of the machine, in the clear.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         self._transfer = await open_transfer(
             self._memory,
             instance_id=self.instance_id,
