@@ -23,7 +23,7 @@ PREFILL_WAIT = Metric(
     name="starmesh.prefill.wait",
     kind=Kind.HISTOGRAM,
     unit="s",
-    description="The part of it before the first step.",
+    description="How long a sequence waited for its first step.",
     roles=_ROLES,
     buckets=WAITS_S,
 )

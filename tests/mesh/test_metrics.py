@@ -1,0 +1,222 @@
+"""Every metric of the registry, as real processes show it under real traffic: nothing is missing, nothing is shown that
+is not registered, and what happened is what they say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from starmesh.emulation.requests import emulated_prompt, emulated_request
+from starmesh.telemetry.registry import METRICS
+from starmesh.types import Role
+from starmesh.v1 import cluster_pb2, inference_pb2
+from tests.mesh.processes import Mesh, until
+from tests.mesh.streams import Answer, generate, generate_all
+from tests.telemetry.pages import Seen, page_url, scrape
+
+PAGE = ("--metrics-listen", "127.0.0.1:0")
+# Steps of some 3 ms.
+EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--speed", "2", *PAGE)
+ENGINE = (*EMULATED, "--transfer", "stream", "--kv-tokens")
+# Room for two of the long sequences, so that six are preempted, and for any.
+SMALL, LARGE = "3200", "60000"
+LONG_TOKENS = 1200
+OF_FAILURES = {"error_type", "starmesh_migration_cause"}
+"""Labels of what need not fail here."""
+ENDLESS_TOKENS = 8000
+"""More than any wait of this test takes: these are cancelled."""
+
+
+class Pages:
+    """The pages of a mesh's services, gathered now and then: a process that is killed takes its page along."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self.seen: dict[Role, Seen] = defaultdict(Seen)
+
+    async def gather(self) -> None:
+        """Read the pages of all services that live."""
+        for service in self._mesh.services.values():
+            if service.process.returncode is None:
+                page = await asyncio.to_thread(scrape, page_url(service.log.read_text()))
+                self.seen[Role(service.role)].add(page)
+
+
+def requests(prefix: str, tokens: int) -> list[inference_pb2.GenerateRequest]:
+    """Six."""
+    return [emulated_request(100, tokens, request_id=f"{prefix}-{number}") for number in range(6)]
+
+
+@asynccontextmanager
+async def endless(mesh: Mesh, prefix: str) -> AsyncIterator[None]:
+    """Six requests that run within the context, and are cancelled."""
+    begun = asyncio.Event()
+    running = asyncio.create_task(
+        generate_all(
+            mesh.inference(),
+            requests(prefix, ENDLESS_TOKENS),
+            on_token=lambda tokens: begun.set() if tokens > 20 else None,
+        )
+    )
+    await asyncio.wait_for(begun.wait(), 60)
+    yield
+    assert not running.done()
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+async def moved_sequences(mesh: Mesh) -> int:
+    return sum(instance.load.migrated_sequences for instance in await mesh.instances())
+
+
+async def test_every_metric_is_shown_and_no_other(tmp_path: Path) -> None:
+    async with Mesh(tmp_path, tmp_path) as mesh:
+        pages = Pages(mesh)
+        await mesh.start_all(prefill=1, decode=1, flags=(*ENGINE, SMALL), router_flags=EMULATED)
+        await mesh.start_predictor(*EMULATED, "--predictor", "oracle", "--queue", "2")
+        await mesh.start("rescheduler", "rescheduler", *EMULATED, "--round-interval-s", "0.2")
+        await sequences_are_preempted(mesh)
+        await pages.gather()
+        requests_and_preemptions_are_shown(pages)
+        await another_instance_takes_its_place(mesh)
+        await sequences_are_rescheduled(mesh)
+        await pages.gather()
+        await a_request_is_refused(mesh)
+        await an_instance_dies(mesh)
+        await an_instance_is_drained(mesh)
+        await the_ledger_is_away(mesh)
+        await pages.gather()
+        the_rest_is_shown(pages)
+        check_registry(pages.seen)
+
+
+def check_registry(seen: dict[Role, Seen]) -> None:
+    """All that is registered for a role is on its pages, as it is registered, and nothing else."""
+    missing: list[str] = []
+    for row in METRICS:
+        for role in row.roles:
+            if not seen[role].values.get(row.series[0]):
+                missing.append(f"{row.name} of {role.value}")
+                continue
+            assert seen[role].types[row.prometheus_name] == row.prometheus_type, row.name
+            assert seen[role].labels[row.prometheus_name] <= set(row.labels), row.name
+    assert not missing
+    for role, found in seen.items():
+        registered = {row.prometheus_name for row in METRICS if role in row.roles} | {"target_info"}
+        assert found.types.keys() <= registered, role
+    for row in METRICS:
+        shown = set[str]().union(*(seen[role].labels[row.prometheus_name] for role in row.roles))
+        assert shown | OF_FAILURES == set(row.labels) | OF_FAILURES, row.name
+
+
+async def sequences_are_preempted(mesh: Mesh) -> None:
+    """Six long sequences at an instance that holds two."""
+    stub = mesh.inference()
+    text = generate(stub, inference_pb2.GenerateRequest(text=emulated_prompt(40, 30)))
+    _, answers = await asyncio.gather(text, generate_all(stub, requests("long", LONG_TOKENS)))
+    assert [len(answer.token_ids) for answer in answers] == [LONG_TOKENS] * 6
+    await mesh.settled()
+
+
+async def another_instance_takes_its_place(mesh: Mesh) -> None:
+    await mesh.start("decode", "decode-1", *ENGINE, LARGE)
+    small = mesh.services["decode-0"]
+    small.terminate()
+    assert await asyncio.wait_for(small.process.wait(), 60) == 0
+    await mesh.all_seen(5)
+
+
+async def sequences_are_rescheduled(mesh: Mesh) -> None:
+    """To an instance that comes when the only other one has them all."""
+    async with endless(mesh, "moved"):
+        await mesh.start("decode", "decode-2", *ENGINE, LARGE)
+        await until(lambda: moved_sequences(mesh), "a sequence to move")
+
+
+def requests_and_preemptions_are_shown(pages: Pages) -> None:
+    router, decode = pages.seen[Role.ROUTER], pages.seen[Role.DECODE]
+    assert router.total("starmesh_requests_total", starmesh_outcome="stop") == 7
+    assert router.total("starmesh_requests_active") == 0
+    assert router.total("gen_ai_server_time_to_first_token_seconds_count") == 7
+    assert router.total("gen_ai_server_time_per_output_token_seconds_count") == 7
+    # A gap for each token but the first of each request, less those that came with another.
+    gaps = router.total("starmesh_inter_token_latency_seconds_count")
+    assert 0.5 * 6 * LONG_TOKENS < gaps <= 6 * (LONG_TOKENS - 1) + 29
+    assert router.total("starmesh_request_tokens_sum", gen_ai_token_type="output") == 6 * LONG_TOKENS + 30
+    assert decode.total("starmesh_preemptions_total") >= 1
+    assert decode.total("starmesh_transfer_bytes_total", starmesh_transfer_backend="stream") > 0
+    assert decode.total("starmesh_kv_used_blocks") == 0
+    assert decode.total("starmesh_step_duration_seconds_count") > LONG_TOKENS
+
+
+async def a_request_is_refused(mesh: Mesh) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await generate(mesh.inference(), inference_pb2.GenerateRequest(request_id="empty"))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def an_instance_dies(mesh: Mesh) -> None:
+    """kill -9 with sequences in mid-stream: the router recovers them."""
+    killed = asyncio.Event()
+
+    def kill(tokens: int) -> None:
+        if tokens >= 100 and not killed.is_set():
+            killed.set()
+            mesh.services["decode-2"].kill()
+
+    answers: list[Answer] = await generate_all(mesh.inference(), requests("killed", LONG_TOKENS), on_token=kill)
+    assert any(answer.usage is not None and answer.usage.recoveries for answer in answers)
+
+
+async def an_instance_is_drained(mesh: Mesh) -> None:
+    """Its sequences go to another."""
+    await mesh.start("decode", "decode-3", *ENGINE, LARGE)
+    async with endless(mesh, "drained"):
+        await mesh.cluster().Drain(cluster_pb2.DrainRequest(instance_id="decode-1"), timeout=20)
+
+        async def drained() -> bool:
+            states = {instance.instance_id: instance.state for instance in await mesh.instances()}
+            return states["decode-1"] == cluster_pb2.INSTANCE_STATE_DRAINED
+
+        await until(drained, "decode-1 to be drained")
+
+
+async def the_ledger_is_away(mesh: Mesh) -> None:
+    """Long enough for every service to have asked it once."""
+    await mesh.kill_ledger()
+
+    async def all_know() -> bool:
+        return all(
+            "the ledger does not answer" in service.log.read_text()
+            for service in mesh.services.values()
+            if service.process.returncode is None
+        )
+
+    await until(all_know, "everybody to miss the ledger")
+    await mesh.restart_ledger()
+
+
+def the_rest_is_shown(pages: Pages) -> None:
+    router, decode = pages.seen[Role.ROUTER], pages.seen[Role.DECODE]
+    rescheduler, predictor = pages.seen[Role.RESCHEDULER], pages.seen[Role.PREDICTOR]
+    assert router.total("starmesh_requests_total", starmesh_outcome="INVALID_ARGUMENT") == 1
+    assert router.total("starmesh_requests_total", starmesh_outcome="cancelled") >= 6
+    assert router.total("starmesh_recoveries_total") >= 1
+    moved = decode.total("starmesh_migrations_total", starmesh_migration_outcome="moved")
+    assert decode.total("starmesh_migration_gap_seconds_count", starmesh_migration_outcome="moved") == moved
+    assert decode.total("starmesh_migrations_total", starmesh_migration_reason="drain") >= 1
+    assert decode.total("starmesh_migration_bytes_total") > 0
+    assert rescheduler.total("starmesh_rescheduler_leader") >= 1
+    assert rescheduler.total("starmesh_rescheduler_planned_migrations_total") >= 1
+    assert rescheduler.total("starmesh_rescheduler_ended_migrations_total", starmesh_outcome="moved") >= 1
+    assert predictor.total("starmesh_predictor_predictions_total") > 0
+    for role in Role:
+        assert pages.seen[role].total("starmesh_ledger_errors_total") >= 1, role
