@@ -35,14 +35,16 @@ _STABLE_S = 60.0  # a service that ran this long starts with the first delay aga
 class ClusterPlan:
     """What to start. ``model`` is None where none runs. ``engine_flags`` go to prefill and decode, ``router_flags`` to
     the router, and so on. Without ``predict`` there is no predictor, and decode instances look for none. With ``tls``
-    services speak mutual TLS, and the router wants an API key, both made for this cluster. ``metrics_port``, unless 0,
-    is that of the router's page with metrics; the others take the ports after it."""
+    services speak mutual TLS, and the router wants an API key, both made for this cluster. ``http``, unless empty, is
+    where the router serves HTTP too. ``metrics_port``, unless 0, is that of the router's page with metrics; the others
+    take the ports after it."""
 
     model: Path | None
     run_directory: Path
     prefill: int = 1
     decode: int = 2
     listen: str = "127.0.0.1:0"
+    http: str = ""
     ledger: str = ""
     grace_s: float = 5.0
     predict: bool = True
@@ -62,7 +64,10 @@ class ClusterPlan:
             counts["predictor"] = 1
         model = ("--model", str(self.model)) if self.model is not None else ()
         own_flags = {
-            "router": (*model, *self.router_flags, *(security.router_flags if security is not None else ())),
+            "router": (
+                *(*model, *self.router_flags, *(security.router_flags if security is not None else ())),
+                *(("--http-listen", self.http) if self.http else ()),
+            ),
             "prefill": (*model, *self.engine_flags),
             "decode": (
                 *(*model, *self.engine_flags, *self.decode_flags),

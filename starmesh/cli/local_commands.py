@@ -15,6 +15,7 @@ import typer
 from starmesh.cli import emulating as emulation
 from starmesh.cli import local_options
 from starmesh.cli.emulating import Emulating
+from starmesh.cli.http_option import Http, http_address
 from starmesh.cli.local_options import (
     DEFAULT_MODEL,
     EVERY_TOKENS,
@@ -43,6 +44,7 @@ def up(
     kv_tokens: emulation.KvTokens = 0,
     output_lengths: emulation.OutputLengths = "chat",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = 50051,
+    http: Http = None,
     ledger: Annotated[
         str, typer.Option(envvar="STARMESH_LEDGER", metavar="URL", help="Redis to use. (default: one of its own)")
     ] = "",
@@ -101,6 +103,7 @@ def up(
     predicting.check(dispatch)
     emulating.check(predicting)
     _check_port(port)
+    http_listen = http_address(http, encrypted=tls)
     engine_flags: dict[str, str | int | float] = {
         "--device": device,
         "--dtype": dtype,
@@ -126,6 +129,7 @@ def up(
         prefill=prefill,
         decode=decode,
         listen=f"127.0.0.1:{port}",
+        http=http_listen,
         ledger=ledger,
         shared_flags=("--cluster", cluster),
         engine_flags=(*flags(engine_flags), *choice.engine_flags),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from starmesh.cli.generate import generate
+from starmesh.cli.http_option import http_lines
 from starmesh.cli.local_cluster import ClusterPlan, LocalCluster, start_cluster
 from starmesh.cli.options import Asking
 from starmesh.cli.router import connect
@@ -42,6 +43,8 @@ async def up(plan: ClusterPlan, console: Console, *, restart: bool, notice: str)
                     highlight=False,
                     soft_wrap=True,
                 )
+                for line in http_lines(plan.http, cluster.security) if plan.http else ():
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
                 console.print(notice, markup=False, highlight=False, soft_wrap=True)
                 if cluster.metrics:
                     for instance_id, url in cluster.metrics.items():
