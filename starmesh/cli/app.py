@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from starmesh.cli import compare_command, local_commands, profile_command, router_commands, simulate_command
+from starmesh.cli import (
+    compare_command,
+    local_commands,
+    profile_command,
+    router_commands,
+    simulate_command,
+    top_command,
+)
 from starmesh.cli.certs_commands import certs_app
 from starmesh.cli.keys_commands import keys_app
 from starmesh.cli.predictor_commands import predictor_app
@@ -25,6 +32,7 @@ for command in (
     local_commands.up,
     router_commands.generate,
     router_commands.status,
+    top_command.top,
     router_commands.drain,
     router_commands.migrate,
     router_commands.bench,

@@ -87,9 +87,8 @@ def cluster_table(response: cluster_pb2.WatchClusterResponse, rates: dict[str, f
         table.add_row(*_cells(instance, rates))
     active = response.active_requests
     lines = [Text(f"{active} request{'s' * (active != 1)} active, {response.queued_requests} queued")]
-    balanced = [instance.load for instance in response.instances if _takes_part(instance)]
-    if len(balanced) > 1:
-        lines.append(_balance(balanced))
+    if (balance := balance_line(response)) is not None:
+        lines.append(balance)
     if not response.ledger_available:
         lines.append(Text("the ledger does not answer: the table is as last seen", style="red"))
     return Group(table, *lines)
@@ -155,6 +154,34 @@ def spread(tokens: Sequence[int]) -> float:
     return math.sqrt(sum((count - mean) ** 2 for count in tokens) / len(tokens))
 
 
+def balance_line(response: cluster_pb2.WatchClusterResponse) -> Text | None:
+    """How evenly the decode instances are loaded; None where there is nothing to be even."""
+    loads = [instance.load for instance in response.instances if _takes_part(instance)]
+    if len(loads) < 2:
+        return None
+    resident = [load.resident_tokens for load in loads]
+    moved, moving = sum(load.migrated_sequences for load in loads), sum(load.outgoing_migrations for load in loads)
+    return Text(
+        f"resident tokens: {sum(resident) / len(resident):.0f} on average, spread {spread(resident):.0f}; "
+        f"{moved} came by moves, {moving} on the way"
+    )
+
+
+def name_of(instance: cluster_pb2.Instance) -> str:
+    """Its id, and its role where the id does not begin with it."""
+    role, name = cluster_pb2.Role.Name(instance.role).removeprefix("ROLE_").lower(), instance.instance_id
+    return name if name.startswith(role) else f"{name} ({role})"
+
+
+def state_of(instance: cluster_pb2.Instance) -> Text:
+    """Its state, or for how long it has been silent."""
+    age_s = _age_s(instance)
+    if age_s > _STALE_S:
+        return Text(f"silent {age_s:.0f} s", style="red")
+    state = cluster_pb2.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
+    return Text(state, style=_STATE_STYLES.get(state, ""))
+
+
 def _takes_part(instance: cluster_pb2.Instance) -> bool:
     """Whether it could be balanced with others."""
     ready = instance.state == cluster_pb2.INSTANCE_STATE_READY and _age_s(instance) <= _STALE_S
@@ -163,15 +190,6 @@ def _takes_part(instance: cluster_pb2.Instance) -> bool:
 
 def _age_s(instance: cluster_pb2.Instance) -> float:
     return instance.report_age.seconds + instance.report_age.nanos / 1e9
-
-
-def _balance(loads: Sequence[cluster_pb2.InstanceLoad]) -> Text:
-    resident = [load.resident_tokens for load in loads]
-    moved, moving = sum(load.migrated_sequences for load in loads), sum(load.outgoing_migrations for load in loads)
-    return Text(
-        f"resident tokens: {sum(resident) / len(resident):.0f} on average, spread {spread(resident):.0f}; "
-        f"{moved} came by moves, {moving} on the way"
-    )
 
 
 async def observe(router: RouterClient, *, interval_s: float, sequences: bool = False) -> AsyncIterator[RenderableType]:
@@ -227,15 +245,8 @@ async def status_json(router: RouterClient) -> str:
 
 def _cells(instance: cluster_pb2.Instance, rates: dict[str, float]) -> Iterable[str | Text]:
     load = instance.load
-    role = cluster_pb2.Role.Name(instance.role).removeprefix("ROLE_").lower()
-    name = instance.instance_id
-    yield name if name.startswith(role) else f"{name} ({role})"
-    state = cluster_pb2.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
-    age_s = _age_s(instance)
-    if age_s > _STALE_S:
-        yield Text(f"silent {age_s:.0f} s", style="red")
-    else:
-        yield Text(state, style=_STATE_STYLES.get(state, ""))
+    yield name_of(instance)
+    yield state_of(instance)
     yield instance.address
     if not load.total_blocks:
         return
