@@ -110,14 +110,15 @@ class Run:
             self._process.kill()
             await self._process.communicate()
 
-    async def tokens(self, count: int) -> None:
-        """Return when it has printed that many. Raises Unexpected when it ends before."""
+    async def more_tokens(self, count: int) -> None:
+        """Return when it has printed that many more. Raises Unexpected when it ends before, TimeoutError."""
         assert self._process.stdout is not None
+        wanted = len(self._text.split()) + count
         async with asyncio.timeout(RUN_TIMEOUT_S):
-            while len(self._text.split()) < count:
+            while len(self._text.split()) < wanted:
                 piece = await self._process.stdout.read(4096)
                 if not piece:
-                    (await self.end()).expect(False, f"{count} tokens")
+                    (await self.end()).expect(False, f"{count} more tokens")
                 self._text += piece
 
     async def end(self) -> Ended:

@@ -14,10 +14,11 @@ from typing import Final
 
 import grpc.aio
 
-from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, decode_pb2, inference_pb2, inference_pb2_grpc
 
 START_TIMEOUT_S: Final = 90.0
 GONE_TIMEOUT_S: Final = 15.0
+MOVE_TIMEOUT_S: Final = 30.0
 CALL_TIMEOUT_S: Final = 10.0
 _END_TIMEOUT_S = 20.0
 _READY = "the cluster is ready at "
@@ -73,14 +74,34 @@ class Cluster:
                 else:
                     return
 
-    async def wait_until_reported(self, request_id: str) -> str:
-        """Return the instance that decodes a request, once one reports it."""
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request. Raises AioRpcError: NOT_FOUND when the router has none of that id."""
+        request = inference_pb2.CancelRequest(request_id=request_id)
+        await self.inference.Cancel(request, timeout=CALL_TIMEOUT_S, metadata=self.metadata)
+
+    async def move(self, request_id: str) -> None:
+        """Move a running request to the other decode instance; again where it outgrows the room that was made for it.
+        Raises TimeoutError."""
+        async with asyncio.timeout(MOVE_TIMEOUT_S):
+            moved = False
+            while not moved:
+                source = await self._source(request_id)
+                decodes = [i.instance_id for i in await self.instances() if i.role == cluster_pb2.ROLE_DECODE]
+                target = next(instance_id for instance_id in decodes if instance_id != source)
+                request = cluster_pb2.MigrateSequenceRequest(request_id=request_id, target_instance_id=target)
+                call = self.cluster.MigrateSequence(request, timeout=MOVE_TIMEOUT_S, metadata=self.metadata)
+                async for told in call:
+                    moved = told.progress.stage == decode_pb2.MIGRATION_STAGE_MOVED
+
+    async def _source(self, request_id: str) -> str:
+        """The decode instance that has a request, once one reports it."""
         watching = cluster_pb2.WatchClusterRequest()
         watching.interval.FromMilliseconds(100)
-        call = self.cluster.WatchCluster(watching, timeout=GONE_TIMEOUT_S, metadata=self.metadata)
+        call = self.cluster.WatchCluster(watching, timeout=MOVE_TIMEOUT_S, metadata=self.metadata)
         async for state in call:
             for instance in state.instances:
-                if any(sequence.request_id == request_id for sequence in instance.load.sequences):
+                ids = (sequence.request_id for sequence in instance.load.sequences)
+                if instance.role == cluster_pb2.ROLE_DECODE and request_id in ids:
                     call.cancel()
                     return instance.instance_id
         raise AssertionError("the watch has no end")
@@ -88,11 +109,10 @@ class Cluster:
     async def wait_until_gone(self, request_id: str) -> None:
         """Return when the router has no such request and no instance a sequence of it. Asks the instances themselves:
         what they reported may be from before they had it. Raises TimeoutError."""
-        cancel = inference_pb2.CancelRequest(request_id=request_id)
         async with asyncio.timeout(GONE_TIMEOUT_S):
             while True:
                 try:
-                    await self.inference.Cancel(cancel, timeout=CALL_TIMEOUT_S, metadata=self.metadata)
+                    await self.cancel(request_id)
                 except grpc.aio.AioRpcError as error:
                     if error.code() is not grpc.StatusCode.NOT_FOUND:
                         raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-BUILD_TIMEOUT_S: Final = 280.0
+BUILD_TIMEOUT_S: Final = 500.0
 _SAID_LINES = 15
 
 

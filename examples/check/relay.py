@@ -18,13 +18,17 @@ class Relay:
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
         self._writers: set[asyncio.StreamWriter] = set()
+        self._connected = asyncio.Event()
 
-    def cut(self) -> int:
-        """Break all connections, as a reset does; returns how many. New ones are taken."""
-        connections = len(self._writers) // 2
+    def cut(self) -> None:
+        """Break all connections, as a reset does. New ones are taken."""
+        self._connected.clear()
         for writer in self._writers:
             writer.transport.abort()
-        return connections
+
+    async def wait_until_connected(self) -> None:
+        """Return when there has been a connection since the last cut."""
+        await self._connected.wait()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Relay one connection until either side ends it."""
@@ -33,6 +37,7 @@ class Relay:
         except OSError:
             writer.transport.abort()
             return
+        self._connected.set()
         pair = {writer, onward_writer}
         self._writers |= pair
         try:

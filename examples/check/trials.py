@@ -6,20 +6,22 @@ Owns no table and no clusters.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from examples.check.client import Client, Unexpected
+from examples.check.client import RUN_TIMEOUT_S, Client
 from examples.check.clusters import CALL_TIMEOUT_S, Cluster, Security
 from examples.check.relay import relay_to
-from starmesh.v1 import cluster_pb2, decode_pb2, inference_pb2
+from starmesh.v1 import inference_pb2
 
 Trial = Callable[[Client, Cluster], Awaitable[None]]
 
 LONG: Final = "emulate prompt_tokens=64 output_tokens=20000"
 """An answer that takes minutes: its trial ends it."""
-_MOVE_TIMEOUT_S = 30.0
+_CUTS = 2
+_MORE_TOKENS = 100
 _WRONG_KEY = "sm-wrong-00000000000000000000000000000000"
 
 
@@ -50,7 +52,7 @@ async def end_the_call(client: Client, cluster: Cluster) -> None:
 
 
 async def deadline(client: Client, cluster: Cluster) -> None:
-    """Runs into its deadline with tokens in hand; nothing goes on behind it."""
+    """Runs into its deadline; nothing goes on behind it."""
     request_id = _name(client)
     flags = ("--request-id", request_id, "--tokens", "20000", "--deadline", "1.5")
     ended = await client.run(*flags, cluster.address, LONG)
@@ -72,34 +74,31 @@ async def nobody_there(client: Client, cluster: Cluster) -> None:
 
 async def resume(client: Client, cluster: Cluster) -> None:
     """Goes on through two cuts of its connection with Resume: no token is lost, none comes twice."""
-    async with relay_to(cluster.address) as relay:
-        flags = ("--tokens", "20000", relay.address, "emulate prompt_tokens=64 output_tokens=500")
-        async with client.start(*flags) as run:
-            for printed in (50, 200):
-                await run.tokens(printed)
-                if not relay.cut():
-                    raise Unexpected(f"had no connection to cut after {printed} tokens")
-            ended = await run.end()
-    summary = ended.expect_answer("STOP")
-    ended.expect(summary.output_tokens == 500 and summary.resumes >= 2, "500 tokens with two resumes")
+    request_id = _name(client)
+    arguments = ("--request-id", request_id, "--tokens", "20000")
+    async with relay_to(cluster.address) as relay, client.start(*arguments, relay.address, LONG) as run:
+        for _ in range(_CUTS):
+            await run.more_tokens(_MORE_TOKENS)
+            relay.cut()
+            async with asyncio.timeout(RUN_TIMEOUT_S):
+                await relay.wait_until_connected()
+        await run.more_tokens(_MORE_TOKENS)
+        await cluster.cancel(request_id)
+        ended = await run.end()
+    summary = ended.expect_answer("CANCELLED")
+    ended.expect(summary.resumes >= _CUTS, f"{_CUTS} resumes")
 
 
 async def migration(client: Client, cluster: Cluster) -> None:
     """Sees nothing of a move to another instance but its count in the usage."""
     request_id = _name(client)
-    flags = ("--request-id", request_id, "--tokens", "20000", cluster.address)
-    async with client.start(*flags, "emulate prompt_tokens=64 output_tokens=600") as run:
-        source = await cluster.wait_until_reported(request_id)
-        instances = await cluster.instances()
-        targets = [i.instance_id for i in instances if i.role == cluster_pb2.ROLE_DECODE and i.instance_id != source]
-        move = cluster_pb2.MigrateSequenceRequest(request_id=request_id, target_instance_id=targets[0])
-        following = cluster.cluster.MigrateSequence(move, timeout=_MOVE_TIMEOUT_S, metadata=cluster.metadata)
-        told = [response async for response in following]
-        if told[-1].progress.stage != decode_pb2.MIGRATION_STAGE_MOVED:
-            raise Unexpected(f"the request did not move: {told[-1]}")
+    async with client.start("--request-id", request_id, "--tokens", "20000", cluster.address, LONG) as run:
+        await cluster.move(request_id)
+        await run.more_tokens(_MORE_TOKENS)
+        await cluster.cancel(request_id)
         ended = await run.end()
-    summary = ended.expect_answer("STOP")
-    ended.expect((summary.output_tokens, summary.migrations) == (600, 1), "600 tokens and one migration")
+    summary = ended.expect_answer("CANCELLED")
+    ended.expect(summary.migrations == 1, "one migration")
 
 
 async def tls_and_key(client: Client, cluster: Cluster) -> None:

@@ -17,7 +17,8 @@ from examples.check.clusters import Cluster, start_cluster, start_secured_cluste
 from examples.check.languages import LANGUAGES, REPOSITORY, copy_sources
 from examples.check.trials import PLAIN, SECURED, Trial
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# The first test of a language waits for its build: half a minute of CPU for C++.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
