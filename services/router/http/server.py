@@ -18,8 +18,6 @@ from starlette.types import ASGIApp
 
 from services.router.http.connection import KEEP_ALIVE_S, MAX_HEAD_BYTES, BoundedConnection
 
-log = logging.getLogger(__name__)
-
 UNREAD_S: Final = 60
 """Seconds that the system keeps a connection on which nothing of what is to be sent moves: a client that does not read,
 or is gone without a word."""
@@ -64,8 +62,8 @@ class HttpServer:
         config.ssl = tls
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
-        # Of uvicorn's lines some repeat ours, and some say no more than that a client has sent nonsense.
-        logging.getLogger("uvicorn.error").setLevel(max(logging.ERROR, log.getEffectiveLevel()))
+        # Its lines repeat ours, or say that a client has sent nonsense or been cut off.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def start(self) -> str:
         """Bind and serve. Returns the address, HOST:PORT. Raises OSError when the port is taken."""
