@@ -9,8 +9,12 @@ from checking.cluster import DRAINED, PROMPT, READY, STOP_S, CheckFailed, Cluste
 
 Say = Callable[[str], None]
 
-TRACED = {"starmesh-router", "starmesh-prefill", "starmesh-decode"}
-"""Services that a request's one trace must go through."""
+TRACED = {
+    "starmesh-router": "starmesh.generate",
+    "starmesh-prefill": "starmesh.prefill",
+    "starmesh-decode": "starmesh.decode",
+}
+"""Services that a request's one trace must go through, and the span of each that ends last."""
 REQUESTS = "starmesh_requests_total"
 SERVICES = ("router", "prefill", "decode", "rescheduler", "predictor")
 
@@ -55,7 +59,7 @@ def find_trace(cluster: Cluster, say: Say, request_id: str, *, jaeger: bool) -> 
 
     def whole() -> dict[str, list[str]]:
         found = look()
-        return found if found.keys() >= TRACED else {}
+        return found if all(span in found.get(service, ()) for service, span in TRACED.items()) else {}
 
     services = cluster.wait_for(whole, f"a trace of request {request_id} through {', '.join(sorted(TRACED))}")
     where = "Jaeger" if jaeger else "an OTLP receiver of this script's (Jaeger itself was not tried)"
@@ -71,7 +75,7 @@ def read_metric(cluster: Cluster, say: Say, *, prometheus: bool) -> None:
             return float(result[0]["value"][1]) if result else 0.0
 
         containers = len(cluster.compose("ps", "--quiet", *SERVICES).split())
-        scraped = 'count(up{job=~".*starmesh.*|.*router.*|.*prefill.*|.*decode.*|.*rescheduler.*|.*predictor.*"} == 1)'
+        scraped = f'count(up{{job=~"{"|".join(SERVICES)}"}} == 1)'
         cluster.wait_for(lambda: value(scraped) >= containers, f"Prometheus to scrape {containers} containers")
         requests = cluster.wait_for(lambda: value(f"sum({REQUESTS})"), f"{REQUESTS} in Prometheus")
         rules = cluster.get(cluster.ports.prometheus, "/api/v1/rules")["data"]["groups"]
