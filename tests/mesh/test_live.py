@@ -1,0 +1,66 @@
+"""The live page of a real cluster in a real browser: its instances, a sequence that moves, and the round that moved it.
+
+With STARMESH_SCREENSHOT a picture is left at that path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from starmesh.emulation.requests import emulated_request
+from tests.browser import WAIT_MS, visit
+from tests.mesh.processes import Mesh
+from tests.mesh.streams import generate_all
+
+# Slow enough to be looked at; KV memory for 24,000 tokens.
+EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "24000", "--speed", "0.5")
+ROUTER = (*EMULATED, "--http-listen", "127.0.0.1:0")
+OUTPUT_TOKENS = 4000
+
+
+def http_origin(mesh: Mesh) -> str:
+    """Where the router's HTTP is, by its log."""
+    (line,) = (line for line in mesh.services["router"].log.read_text().splitlines() if "HTTP on " in line)
+    return line.partition("HTTP on ")[2].strip()
+
+
+async def test_an_operator_sees_a_sequence_move_and_why(tmp_path: Path) -> None:
+    async with Mesh(tmp_path, tmp_path) as mesh:
+        await mesh.start_all(prefill=1, decode=1, flags=(*EMULATED, "--transfer", "stream"), router_flags=ROUTER)
+        await mesh.start_predictor(*EMULATED, "--predictor", "oracle")
+        await mesh.start("rescheduler", "rescheduler-0", *EMULATED, "--round-interval-s", "0.5")
+        messages = [
+            emulated_request(300 + 120 * number, OUTPUT_TOKENS - 350 * number, request_id=f"chat-{number}")
+            for number in range(9)
+        ]
+        running = asyncio.create_task(generate_all(mesh.inference(), messages))
+        origin = http_origin(mesh)
+        async with visit(f"{origin}/live") as seen:
+            page = seen.page
+            await page.wait_for_selector("[data-instance=decode-0] .block")
+            # All are at one instance; what comes now has room, and a round sees it.
+            await asyncio.gather(
+                *(mesh.start("decode", f"decode-{number}", *EMULATED, "--transfer", "stream") for number in (1, 2))
+            )
+            await page.wait_for_selector("[data-instance=decode-2]")
+            await page.wait_for_selector("[data-instance=decode-1] .block, [data-instance=decode-2] .block")
+            assert await page.locator(".lane").count() == 3
+            assert {"prefill-0", "predictor-0", "rescheduler-0"} <= set(
+                await page.locator("#others .name").all_inner_texts()
+            )
+            # The move, as the router has seen its stream go over, and the round that planned it, by the rescheduler.
+            moved = page.locator("#moves-list li", has_text="chat-").filter(has_text="gap").first
+            await moved.wait_for()
+            assert "decode-0 →" in await moved.inner_text()
+            planned = page.locator("#rounds-list li", has_text="star moves").first
+            await planned.wait_for()
+            assert "chat-" in await planned.inner_text() and "spread" in await planned.inner_text()
+            await page.wait_for_function("document.querySelector('#cards dd').textContent.includes('s')")
+            if picture := os.environ.get("STARMESH_SCREENSHOT"):
+                await page.wait_for_function("document.querySelectorAll('#moves-list li').length > 2", timeout=WAIT_MS)
+                await page.screenshot(path=picture)
+            seen.check(origin)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
