@@ -27,6 +27,7 @@ from starmesh.migration import target_effects as effects
 from starmesh.migration import target_record as events
 from starmesh.migration.table import ProtocolError
 from starmesh.migration.terms import LedgerSilent, Limits, OwnerIs, Refusal, Terms, TimedOut
+from starmesh.telemetry.setup import note_failure
 from starmesh.transfer import TransferError
 from starmesh.types import KvTicket, RemainingEstimate, SequenceSpec
 
@@ -200,12 +201,12 @@ class TargetMigration:
 
     async def _pull(self, ticket: KvTicket, local_block_ids: tuple[int, ...]) -> None:
         span = spans.begin_transfer(self.terms, self._span, blocks=len(local_block_ids))
-        with trace.use_span(span, end_on_exit=True):
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
                 result = await self._instance.pull(ticket, local_block_ids)
             except TransferError as error:
                 log.info("%r: %s", self, error)
-                span.set_status(trace.StatusCode.ERROR, str(error))
+                note_failure(span, type(error).__name__)
                 return
             spans.note_transfer(span, result)
         self.pulled_bytes = result.bytes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -18,6 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from starmesh.telemetry import names
 
+_END_S = 3.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 # Asking the provider each time would cost as much as a span. Until there is one this stands for it, and does nothing.
 _TRACER = trace.get_tracer("starmesh")
@@ -56,14 +58,22 @@ def setup_tracing(service: str, instance_id: str) -> Callable[[], None]:
         raise TelemetryConfigError(f"OTEL_TRACES_EXPORTER={name!r}: use otlp, console or none")
     provider = make_provider(service, instance_id, exporter)
     trace.set_tracer_provider(provider)
-    return provider.shutdown
+    return lambda: _end(provider)
+
+
+def _end(provider: TracerProvider) -> None:
+    """Flush and end; a collector that does not answer holds nothing up for long. (The exporter would try for 10 s.)"""
+    ending = threading.Thread(target=provider.shutdown, name="tracing ends", daemon=True)
+    ending.start()
+    ending.join(_END_S)
 
 
 def make_provider(service: str, instance_id: str, exporter: SpanExporter) -> TracerProvider:
     """A provider that samples by OTEL_TRACES_SAMPLER, limits spans by OTEL_SPAN_*, sends to ``exporter`` in batches by
     OTEL_BSP_*, and names the process by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which win over what we say."""
     ours = Resource({"service.name": f"starmesh-{service}", "service.instance.id": instance_id})
-    provider = TracerProvider(resource=Resource.create().merge(ours).merge(OTELResourceDetector().detect()))
+    resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # ended by whoever has set it up
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
 
