@@ -10,6 +10,7 @@ from starmesh.telemetry.spans import ANY_SUFFIX, ON_FAILURE, ROOT, SPANS, SpanRo
 from tests.mesh.otlp import ReceivedSpan, Receiver
 from tests.mesh.processes import Mesh, until
 from tests.telemetry import traced_traffic
+from tests.telemetry.tracing_page import PAGE, with_tables
 
 ROWS = {row.name: row for row in SPANS}
 KINDS = ("", "INTERNAL", "SERVER", "CLIENT")  # by OTLP's numbers
@@ -37,6 +38,10 @@ async def test_every_span_is_as_registered(tmp_path: Path) -> None:
         assert not any(secret in payload for payload in receiver.payloads), "a prompt is in a span"
         for log in tmp_path.glob("*.log"):
             assert secret not in log.read_bytes(), f"a prompt is in {log.name}"
+
+
+def test_the_page_has_the_registry() -> None:
+    assert with_tables(PAGE.read_text()) == PAGE.read_text(), "run python -m tests.telemetry.tracing_page"
 
 
 def problems(span: ReceivedSpan) -> list[str]:

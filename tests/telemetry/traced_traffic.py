@@ -24,7 +24,7 @@ SECRET = "zanzibar-lantern"
 EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "12000", "--speed", "2")
 DECODE = (*EMULATED, "--transfer", "stream")
 ROUTER = (*EMULATED, "--dispatch-policy", "predicted_load", "--predictor-timeout-s", "5")
-LONG_TOKENS = 900
+LONG_TOKENS = 2500
 _TRIES = 5
 
 
@@ -67,7 +67,7 @@ async def _refused(
     stub: inference_pb2_grpc.InferenceServiceAsyncStub, message: inference_pb2.GenerateRequest, code: grpc.StatusCode
 ) -> None:
     try:
-        await generate(stub, message, timeout_s=1.0)
+        await generate(stub, message, timeout_s=5.0)
     except grpc.aio.AioRpcError as error:
         assert error.code() is code, error
     else:
@@ -85,42 +85,52 @@ async def cancelled(mesh: Mesh) -> None:
 
 
 async def chosen_anew(mesh: Mesh) -> None:
-    """A prediction sends a request elsewhere: where there is more load now, but less soon."""
+    """A prediction sends a request elsewhere: where there is more load now, but less soon. Looked at over the 512 steps
+    of a first choice the one that ends soon still weighs more, over the 2,048 of a second one no more."""
 
     async def predicted() -> bool:
         loads = [sequence for instance in await mesh.instances() for sequence in instance.load.sequences]
         return len(loads) == 2 and all(load.HasField("remaining_tokens") for load in loads)
 
     for number in range(_TRIES):
-        ends_soon = emulated_request(4000, 3000, request_id=f"ends-soon-{number}")
-        goes_on = emulated_request(2500, 9000, request_id=f"goes-on-{number}")
-        chosen = emulated_request(10, 8000, request_id=f"chosen-{number}")
-        async with _running(mesh, ends_soon) as first, _running(mesh, goes_on) as second:
+        ends_soon = emulated_request(6000, 1200, request_id=f"ends-soon-{number}")
+        goes_on = emulated_request(3000, 6000, request_id=f"goes-on-{number}")
+        chosen = emulated_request(10, 4000, request_id=f"chosen-{number}")
+        async with _running(mesh, goes_on) as first, _running(mesh, ends_soon) as second:
             with contextlib.suppress(AssertionError):
-                await until(predicted, "predictions of both", 2)
+                await until(predicted, "predictions of both", 1)
             async with _running(mesh, chosen) as third:
                 owners = await mesh.owners()
                 for task in (first, second, third):
                     task.cancel()
         await mesh.settled()
-        print(owners)
         if owners[chosen.request_id] == owners.get(ends_soon.request_id):
             return
     raise AssertionError(f"the prediction changed nothing in {_TRIES} tries")
 
 
 async def moved(mesh: Mesh) -> None:
-    """By an operator; and not moved to an instance that is too small."""
+    """By an operator; and not moved to an instance that is too small, which comes later: with it nobody takes a request
+    of that length."""
     moves = Moves(mesh, random.Random(1))
-    small = await mesh.start("decode", "small", *DECODE, "--kv-tokens", "640")
-    await mesh.all_seen(6)
-    async with _running(mesh, emulated_request(1000, LONG_TOKENS, request_id="moved")) as running:
+    async with _running(mesh, emulated_request(1000, 8000, request_id="moved")) as running:
         source = (await mesh.owners())["moved"]
         assert await moves.move("moved", {"decode-0": "decode-1", "decode-1": "decode-0"}[source]) == "MOVED"
+        small = await mesh.start("decode", "small", *DECODE, "--kv-tokens", "640")
+        await mesh.all_seen(6)
         assert await moves.move("moved", "small") == "STAYED"
-        await running
+        running.cancel()
     small.terminate()
     assert await small.process.wait() == 0
+
+
+async def moved_once(mesh: Mesh) -> None:
+    """By an operator, after a while."""
+    async with _running(mesh, emulated_request(2000, 200, request_id="moved-once")) as running:
+        source = (await mesh.owners())["moved-once"]
+        target = {"decode-0": "decode-1", "decode-1": "decode-0"}[source]
+        assert await Moves(mesh, random.Random(1)).move("moved-once", target) == "MOVED"
+        await running
 
 
 async def recovered(mesh: Mesh) -> None:
@@ -154,7 +164,7 @@ async def drained(mesh: Mesh) -> None:
 async def rescheduled(mesh: Mesh) -> None:
     """One instance has all; another comes, and the rescheduler moves some there."""
     await mesh.start("rescheduler", "rescheduler", *EMULATED, "--round-interval-s", "0.2")
-    messages = [emulated_request(100, 2500, request_id=f"long-{number}") for number in range(4)]
+    messages = [emulated_request(100, LONG_TOKENS, request_id=f"long-{number}") for number in range(4)]
     begun = asyncio.Event()
     running = asyncio.create_task(
         generate_all(mesh.inference(), messages, on_token=lambda tokens: begun.set() if tokens > 100 else None)
