@@ -20,7 +20,12 @@ from starmesh.rpc.channels import open_channel
 from starmesh.rpc.credentials import Credentials
 
 # Of the user's own calls, or of services elsewhere: those that are started here are told by flags.
-_NOT_PASSED_ON = frozenset({"STARMESH_TLS_CERT", "STARMESH_TLS_KEY", "STARMESH_TLS_CA", "STARMESH_API_KEY"})
+_NOT_PASSED_ON = frozenset(
+    {
+        *("STARMESH_TLS_CERT", "STARMESH_TLS_KEY", "STARMESH_TLS_CA", "STARMESH_TLS_SERVER_NAME"),
+        *("STARMESH_API_KEY", "STARMESH_API_KEY_FILE", "STARMESH_API_KEYS"),
+    }
+)
 _POLL_S = 0.1
 _TAIL_BYTES = 16 * 1024
 
