@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,16 @@ PACES = ("paced", "flat_out")
 class Worker(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.DecodeServiceServicer):
     """Both instances in one process. A request's priority says how: 0 paced, 1 flat out."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: Sequence[int] = VOCABULARY) -> None:
         self.address = ""
+        self._vocabulary = vocabulary
         self._tokens = random.Random(0)
 
     async def Prefill(  # noqa: N802
         self, request: prefill_pb2.PrefillRequest, context: Any
     ) -> prefill_pb2.PrefillResponse:
         ticket = KvTicket("lease", "prefill", self.address, LAYOUT, (0,), 1, 60.0)
-        return prefill_pb2.PrefillResponse(token_id=VOCABULARY[0], ticket=convert.ticket_pb(ticket))
+        return prefill_pb2.PrefillResponse(token_id=self._vocabulary[0], ticket=convert.ticket_pb(ticket))
 
     async def Decode(  # noqa: N802
         self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Any
@@ -102,7 +103,7 @@ class Worker(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.DecodeServ
                             request_id=request_id,
                             epoch=state[0],
                             offset=state[1],
-                            token_ids=[self._tokens.choice(VOCABULARY)],
+                            token_ids=[self._tokens.choice(self._vocabulary)],
                         )
                     )
                     state[1] += 1
@@ -114,9 +115,9 @@ class Worker(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.DecodeServ
             reader.cancel()
 
 
-async def run_worker(ledger_url: str) -> None:
+async def run_worker(ledger_url: str, vocabulary: Sequence[int] = VOCABULARY) -> None:
     """Serve until the parent closes our stdin."""
-    worker = Worker()
+    worker = Worker(vocabulary)
     server = RpcServer(listen="127.0.0.1:0")
     server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, worker, "starmesh.v1.PrefillService")
     server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, worker, "starmesh.v1.DecodeService")

@@ -52,7 +52,7 @@ class GenerationFields(BaseModel):
     model: str | None = Field(None, max_length=256, description="The served model's id; without it, that one.")
     temperature: float | None = Field(None, description="0 to 2; 0 is greedy decoding. Default 1.")
     top_p: float | None = Field(None, description="Over 0 to 1. Default 1.")
-    seed: Int64 | None = Field(None, description="The same seed, prompt and model give the same answer. Without: drawn.")
+    seed: Int64 | None = Field(None, description="The same seed, prompt and model give the same answer; else drawn.")
     stop: Stop | None = Field(None, description="A string, or up to 4, that end the answer and are no part of it.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers to make, 1 to 16. Default 1.")
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
