@@ -14,12 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, Unpack, cast
 
+import grpc
 import grpc.aio
 
+from starmesh.client.errors import ClientError
 from starmesh.client.options import Message, Options, Prompt, new_request
 from starmesh.client.retrying import RetryPolicy
 from starmesh.client.routers import RouterLink, Routers
 from starmesh.client.stream import CANCEL_TIMEOUT_S, AnswerStream
+from starmesh.rpc.credentials import TlsError
 from starmesh.v1 import inference_pb2
 
 DEFAULT_TIMEOUT_S: Final = 600.0
@@ -71,8 +74,8 @@ class Client:
         await self.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> AnswerStream:
-        """Continue a text, or tokens. The request is sent when the stream is first read. Raises TlsError for a CA file
-        that cannot be used, and for a key that would cross a network unencrypted."""
+        """Continue a text, or tokens. The request is sent when the stream is first read. Raises ClientError for a CA
+        file that cannot be used, and for a key that would cross a network unencrypted."""
         return self._stream(prompt, None, options)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> AnswerStream:
@@ -103,7 +106,10 @@ class Client:
 
     def _stream(self, prompt: Prompt | None, messages: Sequence[Message] | None, options: Options) -> AnswerStream:
         if self._routers is None:
-            self._routers = Routers(self._addresses, tls_ca=self._tls_ca, api_key=self._api_key)
+            try:
+                self._routers = Routers(self._addresses, tls_ca=self._tls_ca, api_key=self._api_key)
+            except TlsError as error:
+                raise ClientError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
         stream = AnswerStream(
             self._routers,
             new_request(prompt, messages, options, resume_window_s=self._resume_window_s),
