@@ -56,7 +56,7 @@ async def read_until(call: Any, tokens: int) -> list[inference_pb2.GenerateRespo
     return messages
 
 
-async def rest_of(call: Any) -> list[inference_pb2.GenerateResponse]:
+async def rest_of(call: Any) -> list[Any]:
     """What is left of a call that has been read from."""
     messages = []
     while (message := await call.read()) is not grpc.aio.EOF:
