@@ -9,7 +9,9 @@ import urllib.request
 import pytest
 from opentelemetry.metrics import Observation
 
+from starmesh.telemetry.bucket_counts import BucketCounts
 from starmesh.telemetry.metrics import check_listen, open_metrics
+from starmesh.telemetry.registry import router
 
 
 def scrape(address: str) -> str:
@@ -25,6 +27,14 @@ def test_the_page_shows_what_was_counted() -> None:
     assert 'starmesh_things_total{service_instance_id="r0",starmesh_kind="good"} 3.0' in page
     assert 'starmesh_level{service_instance_id="r0"} 7.0' in page
     assert 'service_instance_id="r0",service_name="starmesh-router"' in page
+    gaps = BucketCounts(router.INTER_TOKEN_LATENCY.buckets)
+    metrics.show(router.INTER_TOKEN_LATENCY, gaps)
+    gaps.add(0.02)
+    gaps.add(0.5)
+    page, mine = scrape(metrics.address), 'service_instance_id="r0"'
+    assert f'starmesh_inter_token_latency_seconds_bucket{{le="0.02",{mine}}} 1.0' in page
+    assert f'starmesh_inter_token_latency_seconds_bucket{{le="+Inf",{mine}}} 2.0' in page
+    assert f"starmesh_inter_token_latency_seconds_sum{{{mine}}} 0.52" in page
     # A second one in the process has instruments of its own.
     other = open_metrics("router", "r1", listen="127.0.0.1:0")
     assert "starmesh_things" not in scrape(other.address)
