@@ -21,6 +21,7 @@ def health_routes(parts: HttpParts) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
+    @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz", operation_id="get_health", responses={503: {"model": Health}})
     async def get_health(response: Response) -> Health:
         """Say whether new requests are taken: once a prefill and a decode instance have come, until the stop."""
