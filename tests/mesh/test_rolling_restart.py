@@ -33,7 +33,8 @@ FLAGS = {
     "decode": INSTANCE,
     "predictor": (*EMULATED, "--predictor", "oracle"),
     "rescheduler": (*EMULATED, "--round-interval-s", "0.5"),
-    "router": (*EMULATED, "--dispatch-policy", "predicted_load"),
+    # On a busy machine a stream may take longer than the default grace of 10 s.
+    "router": (*EMULATED, "--dispatch-policy", "predicted_load", "--grace-s", "60"),
 }
 SERVICES = (
     *(("prefill", f"prefill-{number}") for number in range(2)),
