@@ -26,7 +26,7 @@ from tests.mesh.test_emulated import expected_token_ids
 from tests.rpc.every_rpc import HEALTH, REFLECTION, SERVICES, Rpc, attempt, served_by
 from tests.rpc.pki import Pki, channel_credentials
 
-PROMPT_TOKENS, LONG_TOKENS, TIMEOUT_S = 40, 20_000, 120.0
+PROMPT_TOKENS, LONG_TOKENS, TIMEOUT_S = 40, 20_000, 240.0
 OK, REFUSED, NO_CONNECTION = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE
 HEALTH_CHECK = next(rpc for rpc in SERVICES[HEALTH] if rpc.method == "Check")
 
@@ -47,7 +47,7 @@ class Running:
     async def come(self, tokens: int) -> None:
         """Wait for so many more tokens."""
         wanted = len(self.token_ids) + tokens
-        await until(lambda: len(self.token_ids) >= wanted or self._task.done(), f"{wanted} tokens")
+        await until(lambda: len(self.token_ids) >= wanted or self._task.done(), f"{wanted} tokens", 60)
         assert not self._task.done(), self._task.exception()
 
     async def end(self) -> None:
@@ -85,13 +85,24 @@ async def test_a_mesh_of_mutual_tls(tmp_path: Path) -> None:
 
 
 async def the_request_moves(router: RouterClient) -> None:
-    """To an instance that its source has not spoken to before."""
-    instances = (await router.cluster.ListInstances(cluster_pb2.ListInstancesRequest(), timeout=10)).instances
-    here = {instance.instance_id for instance in instances for load in instance.load.sequences}
-    target = ({"decode-0", "decode-1"} - here).pop()
-    asked = cluster_pb2.MigrateSequenceRequest(request_id="long", target_instance_id=target)
-    stages = [told.progress.stage async for told in router.cluster.MigrateSequence(asked, timeout=60)]
-    assert stages[-1] == decode_pb2.MIGRATION_STAGE_MOVED, stages
+    """To an instance that its source has not spoken to before; again if one of them was too busy to be in time."""
+    ends: list[str] = []
+
+    async def moved() -> bool:
+        instances = (await router.cluster.ListInstances(cluster_pb2.ListInstancesRequest(), timeout=60)).instances
+        here = {instance.instance_id for instance in instances for load in instance.load.sequences}
+        target = min({"decode-0", "decode-1"} - here)
+        asked = cluster_pb2.MigrateSequenceRequest(request_id="long", target_instance_id=target)
+        try:
+            told = [told.progress async for told in router.cluster.MigrateSequence(asked, timeout=60)]
+        except grpc.aio.AioRpcError as error:
+            ends.append(f"{error.code().name}: {error.details()}")
+            return False
+        ends.append(f"{decode_pb2.MigrationStage.Name(told[-1].stage)} {told[-1].cause} {told[-1].refusal}")
+        return told[-1].stage == decode_pb2.MIGRATION_STAGE_MOVED
+
+    await until(moved, "a move", 120, lambda: str(ends))
+    print(ends)
 
 
 async def predictions_come(router: RouterClient) -> None:
@@ -149,7 +160,7 @@ async def all_come_to(
             async with secure(process, channel_credentials(files, files.ca)) as channel:
                 return await attempt(channel, HEALTH_CHECK) is wanted
 
-        await until(holds, f"{wanted} of {process.spec.instance_id}", describe=process.log_tail)
+        await until(holds, f"{wanted} of {process.spec.instance_id}", 60, process.log_tail)
 
 
 def secure(process: ServiceProcess, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
