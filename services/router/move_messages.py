@@ -24,8 +24,10 @@ _OUTCOMES = {
 def round_messages(
     rounds: Iterable[RoundSummary], moves: Sequence[SeenMove], *, now_s: float
 ) -> list[cluster_pb2.ReschedulingRound]:
-    """The rounds, in their order; ``now_s`` is on the ledger's clock."""
-    return [_round(shown, moves, now_s) for shown in rounds]
+    """The rounds, the newest first as they come; ``now_s`` is on the ledger's clock. A move that was planned again, for
+    it had not succeeded, has been seen only the last time."""
+    unclaimed = list(moves)
+    return [_round(shown, unclaimed, now_s) for shown in rounds]
 
 
 def move_messages(
@@ -44,7 +46,8 @@ def _ends(message: cluster_pb2.RecentMigration) -> tuple[str, str, str, int]:
     return (message.request_id, message.source_instance_id, message.target_instance_id, message.epoch)
 
 
-def _round(shown: RoundSummary, moves: Sequence[SeenMove], now_s: float) -> cluster_pb2.ReschedulingRound:
+def _round(shown: RoundSummary, unclaimed: list[SeenMove], now_s: float) -> cluster_pb2.ReschedulingRound:
+    """Takes from ``unclaimed`` what has become of its moves."""
     age = duration_pb(max(0.0, now_s - shown.last_s))
     message = cluster_pb2.ReschedulingRound(
         leader_instance_id=shown.leader,
@@ -61,7 +64,10 @@ def _round(shown: RoundSummary, moves: Sequence[SeenMove], now_s: float) -> clus
         skipped_sequences=shown.skipped_sequences,
     )
     for move in shown.moves:
-        planned = _planned(move, next((seen for seen in moves if seen.is_of(move.migration)), None))
+        seen = next((seen for seen in unclaimed if seen.is_of(move.migration)), None)
+        if seen is not None:
+            unclaimed.remove(seen)
+        planned = _planned(move, seen)
         planned.age.CopyFrom(age)
         message.moves.append(planned)
     return message

@@ -12,6 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from services.router.cluster_frames import instance_messages
 from services.router.looks import Look
+from services.router.move_messages import move_messages, round_messages
+from services.router.seen_moves import SeenMove
 from starmesh.rounds import MoveOutcome, RoundMove, RoundSummary
 from starmesh.types import (
     ClusterView,
@@ -129,6 +131,24 @@ async def test_a_ledger_that_is_away_is_not_waited_for(mesh: Mesh) -> None:
             async for frame in seen:
                 if not frame.ledger_available:
                     break
+
+
+@pytest.mark.fast
+def test_a_move_that_was_planned_twice_was_seen_once() -> None:
+    migration = Migration("r", "d0", "d1", 1, MigrationReason.LOAD)
+    seen = SeenMove("r", "d0", "d1", 1, at_s=5.0, output_tokens=7, gap_s=0.1)
+    again, before = (
+        RoundSummary(
+            leader="a", term=1, policy="star", first_s=at_s, last_s=at_s, moves=(RoundMove(migration, outcome),)
+        )
+        for at_s, outcome in ((4.0, MoveOutcome.UNDER_WAY), (2.0, MoveOutcome.GONE))
+    )
+    rounds = round_messages([again, before], [seen], now_s=6.0)
+    moves = move_messages(rounds, [seen], now_s=6.0)
+    assert [(move.outcome, move.HasField("gap")) for move in moves] == [
+        (cluster_pb2.MIGRATION_OUTCOME_MOVED, True),
+        (cluster_pb2.MIGRATION_OUTCOME_GONE, False),
+    ]
 
 
 def sequence(name: str, resident: int, remaining: int | None = None) -> SequenceLoad:

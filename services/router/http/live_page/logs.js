@@ -10,6 +10,13 @@ class Log {
 
   /** `entries` have a key, an age in seconds, and all that `write(entry, item)` writes. */
   show(entries, observedMs, write) {
+    // What was tried again under the same name is told apart by how often, from the oldest on.
+    const tries = new Map();
+    for (const entry of entries.toReversed()) {
+      const count = tries.get(entry.key) ?? 0;
+      tries.set(entry.key, count + 1);
+      entry.key += ` ${count}`;
+    }
     const keys = new Set(entries.map((entry) => entry.key));
     for (const key of this.times.keys()) if (!keys.has(key)) this.times.delete(key);
     for (const entry of entries) {
