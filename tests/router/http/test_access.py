@@ -11,11 +11,15 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.router.http.front_door import front_door
 from services.router.http.parts import HttpParts
 from starmesh.rpc.credentials import LOOK_INTERVAL_S, MESH_NAME, Credentials
 from starmesh.rpc.key_file import ApiKey, Scope, digest_of, new_secret, write_keys
+from starmesh.telemetry import names
 from tests.router.conftest import until
 from tests.router.http.conftest import MODEL, HttpMesh, answer_to, chat_prompt
 from tests.rpc.pki import Pki
@@ -232,3 +236,18 @@ async def test_a_clients_trace_goes_on(front: HttpMesh) -> None:
     )
     assert response.status_code == 200
     assert [parent.split("-")[1] for parent in front.decodes[0].traceparents] == [trace]
+
+
+async def test_a_request_over_http_is_one_trace_of_ours(front: HttpMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The web framework would add spans of its own wherever a tracer is installed for the process."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    monkeypatch.setattr("starmesh.telemetry.setup._TRACER", provider.get_tracer("test"))
+    await front.start()
+    assert (await ask(front, "none")).choices[0].message.content == answer_to(chat_prompt("hello"), 20)
+    await front.nothing_left()
+    spans = exporter.get_finished_spans()
+    assert {span.name for span in spans} == {names.SPAN_GENERATE, names.SPAN_DISPATCH}
+    assert len({span.context.trace_id for span in spans if span.context is not None}) == 1
