@@ -48,7 +48,13 @@ def create_app(parts: HttpParts, *, loopback: bool) -> FastAPI:
         middleware=middleware,
         redirect_slashes=False,
         # FastAPI would make spans, metrics and logs of its own: a second trace for each request, beside the router's.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False},
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
     )
     answer_in_openai_shape(app)
     door = Door(parts.keys)
