@@ -32,7 +32,9 @@ def samples_of(name: str, positions: Sequence[int], *, layout: HiddenLayout = LA
     shape = (len(positions), len(layout.layers), layout.width)
     states = np.repeat(np.array(positions, dtype=np.float16), shape[1] * shape[2]).reshape(shape)
     counts = np.array(positions, dtype=np.int64)
-    return Samples(layout, (name,) * len(positions), states, np.full(len(positions), prompt), counts, ("",) * len(positions))
+    return Samples(
+        layout, (name,) * len(positions), states, np.full(len(positions), prompt), counts, ("",) * len(positions)
+    )
 
 
 def stored(directory: Path) -> dict[str, SampledSequence]:
