@@ -56,6 +56,8 @@ class Load:
 
     def __init__(self, channel: grpc.aio.Channel, http: tuple[str, int], *, way: str, pace: str) -> None:
         self.done = 0
+        self.under_way = CALLERS if pace == "requests" else STREAMS * 5
+        """What is done when it has begun everywhere."""
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._http = http
         self._way = way
@@ -122,7 +124,7 @@ async def measure_one(load: Load, router: psutil.Process, seconds: float) -> dic
     running = asyncio.create_task(load.run())
     try:
         async with asyncio.timeout(60):
-            while load.done < STREAMS * 5:
+            while load.done < load.under_way:
                 await asyncio.sleep(0.05)
                 if running.done():
                     running.result()
