@@ -48,12 +48,15 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises RequestRefused for a failure before the first event: it can have its own HTTP status then."""
         started = False
-        async with self._choices.attended(receive) as choices:
-            async for events in self._events(choices):
-                if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+        try:
+            async with self._choices.attended(receive) as choices:
+                async for events in self._events(choices):
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+        except StatusError as error:  # of a request that was not taken in: others are events
+            raise from_status(error, self._param_of) from None
         if started and not self._choices.gone:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -96,9 +96,10 @@ async def test_what_http_itself_refuses(front: HttpMesh) -> None:
 async def test_what_the_router_refuses(front: HttpMesh) -> None:
     await front.start()
     check_shape(await front.post(messages=MESSAGES, model="other"), 404, param="model", code="model_not_found")
-    check_shape(await front.post(messages=MESSAGES, temperature=3), 400, param="temperature")
+    for stream in (False, True):
+        check_shape(await front.post(messages=MESSAGES, stream=stream, temperature=3), 400, param="temperature")
+        check_shape(await front.post(messages=MESSAGES, stream=stream, stop=["x", ""]), 400, param="stop[1]")
     check_shape(await front.post(messages=MESSAGES, top_p=0), 400, param="top_p")
-    check_shape(await front.post(messages=MESSAGES, stop=["x", ""]), 400, param="stop[1]")
     check_shape(await front.post(messages=MESSAGES, priority=101), 400, param="priority")
     check_shape(await front.post(messages=[{"role": "user", "content": ""}]), 400, param="messages")
     long = [{"role": "user", "content": "x" * 600}]
