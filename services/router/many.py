@@ -28,6 +28,8 @@ from starmesh.v1 import inference_pb2
 _MAX_MESSAGE_TOKENS = 65_536
 _MAX_TIMEOUT_S = 86_400.0
 _RETRY_DELAY_S = 1.0
+# Refusals that may wait for a client that does not read. Beyond them it is not read from either.
+_MAX_FAILURES = 1024
 
 
 class ManyRequests:
@@ -48,6 +50,7 @@ class ManyRequests:
         self._marked: dict[Flight, None] = {}
         self._failures: list[inference_pb2.RequestFailure] = []
         self._ready = asyncio.Event()
+        self._told = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,6 +90,9 @@ class ManyRequests:
 
     async def _read(self, requests: AsyncIterator[inference_pb2.GenerateManyRequest]) -> None:
         async for request in requests:
+            while len(self._failures) >= _MAX_FAILURES:
+                self._told.clear()
+                await self._told.wait()
             match request.WhichOneof("action"):
                 case "generate":
                     try:
@@ -155,6 +161,7 @@ class ManyRequests:
                 self._fail(flight.request_id, flight.error)
                 self._end(flight)
         failures, self._failures = self._failures, []
+        self._told.set()
         return inference_pb2.GenerateManyResponse(responses=responses, failures=failures)
 
     def _hand_over(self, flight: Flight) -> None:

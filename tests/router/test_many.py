@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from opentelemetry.context import Context
 
+from services.router.access import Caller
+from services.router.many import ManyRequests
 from starmesh.rpc.status import from_sequence_status
 from starmesh.v1 import inference_pb2, sequence_pb2
 from tests.router.conftest import TIMEOUT_S, Mesh, check_answer, generate_request, tokens_after, until
@@ -93,6 +97,25 @@ async def test_failures_are_of_one_request_and_the_others_go_on(mesh: Mesh) -> N
     for request_id in ("good", "second", "third"):
         check_answer(many.pieces[request_id], "hello", 20)
     await mesh.nothing_left()
+
+
+async def test_a_client_that_does_not_read_its_failures_is_not_read_from(mesh: Mesh) -> None:
+    await mesh.start()
+    sent = 0
+
+    async def requests() -> AsyncIterator[inference_pb2.GenerateManyRequest]:
+        nonlocal sent
+        for _ in range(5000):
+            sent += 1
+            yield inference_pb2.GenerateManyRequest()
+
+    many = ManyRequests(mesh.process.router, Caller(None, ()), max_requests=4, timeout_s=None, parent=Context())
+    told = 0
+    async with many:
+        async for response in many.run(requests()):
+            told += len(response.failures)
+            assert len(response.failures) <= 1024 and sent - told <= 1
+    assert told == sent == 5000
 
 
 async def test_an_id_in_flight_is_taken(mesh: Mesh) -> None:
