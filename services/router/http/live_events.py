@@ -75,6 +75,8 @@ class LiveEvents:
         if not self._places and self._making is not None:
             self._making.cancel()
             self._making = None
+            # The last frame will have aged when the next one comes to look on.
+            self._number = 0
 
     async def _make(self) -> None:
         """Frames until nobody looks on or the router stops."""

@@ -72,6 +72,12 @@ async def test_only_who_looks_on_is_worked_for(front: HttpMesh) -> None:
     assert live.clients == 0 and live._making is None
     assert making is not None
     await asyncio.wait({making})
+    # Who comes later gets no frame of that time.
+    live._newest = b"aged"
+    later = live.join()
+    streams.append(later.events())
+    assert (await anext(streams[-1])).startswith(b"data: {")
+    later.close()
     for stream in streams:
         await stream.aclose()  # type: ignore[attr-defined] # an async generator
 
