@@ -57,22 +57,22 @@ class Away:
         return self._running.get(request_id) or self._kept.get(request_id)
 
     def wait(self, entry: Entry) -> None:
-        """Wait for the client of an entry that still runs, for the length of its resume window."""
+        """Wait for the client of an entry, for the length of its resume window."""
         flight = entry.flight
         loop = asyncio.get_running_loop()
         self._windows[entry] = loop.call_later(flight.resume_window_s, self._give_up, entry)
+        if flight.ended:
+            # What still runs is its clean-up, which takes no room of an instance.
+            self._keep(entry)
+            return
         self._running[flight.request_id] = entry
         if len(self._running) > self._max_running:
             self._give_up(next(iter(self._running.values())))
 
     def ended(self, entry: Entry) -> None:
-        """An entry that waits does not run any more."""
-        request_id = entry.flight.request_id
-        if self._running.pop(request_id, None) is not None:
-            self._kept[request_id] = entry
-            self.kept_tokens += _weight(entry)
-            while self.kept_tokens > self._max_kept_tokens:
-                self._give_up(next(iter(self._kept.values())))
+        """An entry that waits does not run any more. Without effect on one that was told of before."""
+        if self._running.pop(entry.flight.request_id, None) is not None:
+            self._keep(entry)
 
     def leave_off(self, entry: Entry) -> None:
         """Wait for its client no longer. Without effect on an entry that does not wait."""
@@ -89,6 +89,13 @@ class Away:
         """Wait for nobody any more."""
         for entry in list(self._windows):
             self._give_up(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        """Keep an answer that is complete, as long as there is room for all of them."""
+        self._kept[entry.flight.request_id] = entry
+        self.kept_tokens += _weight(entry)
+        while self.kept_tokens > self._max_kept_tokens:
+            self._give_up(next(iter(self._kept.values())))
 
 
 def _weight(entry: Entry) -> int:

@@ -247,7 +247,8 @@ class Flight:
     def fail(self, error: StatusError) -> None:
         """End the request with an error, unless it has ended."""
         if not self.ended:
-            self.error = error
+            # It may be kept for a whole resume window.
+            self.error = error.bare()
             self._notify()
 
     # What the client's writer calls.

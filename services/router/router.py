@@ -79,9 +79,11 @@ class Router:
         """
         settings, model = self._parts.settings, self._parts.model
         request_id = request.request_id or secrets.token_hex(12)
-        former = self._entries.get(request_id)
+        former, kept = self._entries.get(request_id), self.away.find(request_id)
         with refusals_noted(request, model.name, parent), self._parts.metrics.refusals_counted():
             self._check_takes(request, former)
+            if kept is not None and kept.flight.key_id != key_id:
+                raise duplicate_id(request_id)  # whose it is may still come back for it
         duration_s = settings.max_duration_s if timeout_s is None else min(timeout_s, settings.max_duration_s)
         flight = Flight(
             request_id,
@@ -97,7 +99,7 @@ class Router:
             flight.serve(model.detokenizer(flight.stop_strings))
         admission = ExitStack()
         admission.enter_context(admit())
-        if (kept := self.away.find(request_id)) is not None:
+        if kept is not None:
             self._give_up(kept)
         life = Life(self._parts, flight, request, seed=secrets.randbits(63))
         after = former.task if former is not None else None

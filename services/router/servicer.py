@@ -97,7 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     flight.check_reader(reader)
                     if (last := flight.take()) is not None:
                         yield piece_pb(flight, last)
-                    raise flight.error
+                    raise flight.error.bare()
         finally:
             router.close(flight, reader)
 

@@ -44,6 +44,11 @@ class StatusError(Exception):
         self.message = message
         self.details = details
 
+    def bare(self) -> StatusError:
+        """The same without a traceback: that of an error that was raised holds all that the frames on its way held, a
+        client's prompt too, for as long as the error is kept."""
+        return StatusError(self.code, self.message, *self.details)
+
     def packed_details(self) -> list[AnyMessage]:
         """The details as Any messages."""
         packed = []

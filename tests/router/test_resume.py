@@ -12,13 +12,17 @@ import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from services.router.away import Away, Entry
+from services.router.flight import Flight
 from starmesh.rpc.channels import open_channel
 from starmesh.rpc.key_file import ApiKey, Scope, digest_of, write_keys
 from starmesh.rpc.status import from_rpc_error
+from starmesh.types import FinishReason
 from starmesh.v1 import inference_pb2, inference_pb2_grpc, sequence_pb2
 from tests.router.conftest import Mesh, check_answer, generate_request, text_of, tokens_after, until
 
 WINDOW = Duration(seconds=60)
+REFUSED = grpc.StatusCode.INVALID_ARGUMENT
 SHORT_WINDOW = Duration(nanos=200_000_000)
 
 
@@ -265,6 +269,39 @@ async def test_only_so_many_tokens_are_kept(mesh: Mesh) -> None:
     await mesh.nothing_left()
 
 
+async def test_an_answer_that_is_complete_is_not_of_those_that_go_on() -> None:
+    given_up: list[Entry] = []
+    away = Away(max_running=1, max_kept_tokens=100, give_up=given_up.append)
+
+    def entry(request_id: str) -> Entry:
+        flight = Flight(
+            request_id, deadline_s=0.0, coalesce_window_s=0.0, resume_window_s=60.0, on_ready=lambda _: None
+        )
+        return Entry(flight, asyncio.create_task(asyncio.sleep(0)))
+
+    running, ended = entry("running"), entry("ended")
+    away.wait(running)
+    ended.flight.end(FinishReason.STOP)
+    away.wait(ended)  # its life cleans up yet
+    away.ended(ended)
+    assert given_up == [] and away.find("running") is running and away.find("ended") is ended
+    assert away.kept_tokens == 64
+    for waiting in (running, ended):
+        away.leave_off(waiting)
+    assert len(away) == away.kept_tokens == 0
+    await asyncio.wait([running.task, ended.task])
+
+
+async def test_a_failure_that_is_kept_holds_no_prompt(mesh: Mesh) -> None:
+    await mesh.start()
+    assert await code_of(mesh.generate("x" * 600, request_id="r", resume_window=WINDOW)) is REFUSED
+    assert await code_of(resume(mesh, "r", 0)) is REFUSED
+    entry = mesh.process.router.away.find("r")
+    assert entry is not None
+    error = entry.flight.error
+    assert error is not None and error.__traceback__ is None and error.__context__ is None
+
+
 async def test_an_id_is_free_once_its_answer_is_complete(mesh: Mesh) -> None:
     await mesh.start()
     assert [message async for message in mesh.generate(request_id="r", resume_window=WINDOW)]
@@ -420,6 +457,18 @@ async def test_a_request_is_its_api_keys(mesh: Mesh, tmp_path: Path) -> None:
     assert [token async for message in resumed for token in message.token_ids] == tokens_after("hello", 20)[4:]
     await mesh.nothing_left()
     assert [message async for message in mesh.inference.Generate(other, timeout=20, metadata=sent("alice"))]
+    await mesh.nothing_left()
+
+
+async def test_an_answer_is_kept_from_other_keys_that_use_its_id(mesh: Mesh, tmp_path: Path) -> None:
+    await mesh.start(api_keys=key_file(tmp_path, "alice", "bob"))
+    request = generate_request(request_id="r", resume_window=WINDOW)
+    assert [message async for message in mesh.inference.Generate(request, timeout=20, metadata=sent("alice"))]
+    await until(mesh.process.router.idle.is_set)
+    taken = mesh.inference.Generate(request, timeout=20, metadata=sent("bob"))
+    assert await code_of(taken) is grpc.StatusCode.ALREADY_EXISTS
+    again = inference_pb2.ResumeRequest(request_id="r", offset=20)
+    assert [message async for message in mesh.inference.Resume(again, timeout=20, metadata=sent("alice"))]
     await mesh.nothing_left()
 
 

@@ -101,7 +101,7 @@ class Choices:
                     self.unfinished -= 1
                 yield self._indices[flight], piece
             if flight.error is not None:
-                raise flight.error
+                raise flight.error.bare()
 
     @property
     def usage(self) -> Usage:
