@@ -51,6 +51,7 @@ class ManyRequests:
         self._failures: list[inference_pb2.RequestFailure] = []
         self._ready = asyncio.Event()
         self._told = asyncio.Event()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,7 +84,8 @@ class ManyRequests:
             stopping.cancel()
 
     def close(self) -> None:
-        """Cancel what still runs."""
+        """Cancel what still runs, and begin nothing more."""
+        self._closed = True
         for flight in self._flights.values():
             self._router.close(flight)
         self._flights.clear()
@@ -93,6 +95,8 @@ class ManyRequests:
             while len(self._failures) >= _MAX_FAILURES:
                 self._told.clear()
                 await self._told.wait()
+            if self._closed:
+                return  # a request that came last before the client left: nobody would end it
             match request.WhichOneof("action"):
                 case "generate":
                     try:

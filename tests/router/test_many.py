@@ -118,6 +118,19 @@ async def test_a_client_that_does_not_read_its_failures_is_not_read_from(mesh: M
     assert told == sent == 5000
 
 
+async def test_nothing_begins_once_the_client_has_left(mesh: Mesh) -> None:
+    await mesh.start()
+
+    async def requests() -> AsyncIterator[inference_pb2.GenerateManyRequest]:
+        yield inference_pb2.GenerateManyRequest(generate=generate_request(request_id="late"))
+
+    many = ManyRequests(mesh.process.router, Caller(None, ()), max_requests=4, timeout_s=None, parent=Context())
+    many.close()
+    assert [response async for response in many.run(requests())] == []
+    assert mesh.process.router.active_requests == 0
+    await mesh.nothing_left()
+
+
 async def test_an_id_in_flight_is_taken(mesh: Mesh) -> None:
     await mesh.start()
     mesh.decodes[0].pause_after = 3
