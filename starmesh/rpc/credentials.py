@@ -12,6 +12,7 @@ the mesh. With the name a CA that signs for others too does no harm: theirs lack
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 import threading
@@ -121,7 +122,9 @@ class Credentials:
             # Called with each handshake, also for clients that name no server.
             nonlocal current, made_for
             if (generation := self.generation) != made_for:
-                current, made_for = self._https_context(), generation
+                # Fails when they have changed again meanwhile, by halves: then the last one goes on too.
+                with contextlib.suppress(OSError):
+                    current, made_for = self._https_context(), generation
             connection.context = current
 
         listening = self._https_context()
