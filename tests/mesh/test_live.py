@@ -14,10 +14,10 @@ from tests.browser import WAIT_MS, visit
 from tests.mesh.processes import Mesh
 from tests.mesh.streams import generate_all
 
-# Slow enough to be looked at; KV memory for 24,000 tokens.
-EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "24000", "--speed", "0.5")
+# Slow enough to be looked at, also where starting the browser and two instances takes minutes.
+EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "120000", "--speed", "0.25")
 ROUTER = (*EMULATED, "--http-listen", "127.0.0.1:0")
-OUTPUT_TOKENS = 4000
+OUTPUT_TOKENS = 12_000
 
 
 def http_origin(mesh: Mesh) -> str:
@@ -54,7 +54,7 @@ async def test_an_operator_sees_a_sequence_move_and_why(tmp_path: Path) -> None:
             moved = page.locator("#moves-list li", has_text="chat-").filter(has_text="gap").first
             await moved.wait_for()
             assert "decode-0 →" in await moved.inner_text()
-            planned = page.locator("#rounds-list li", has_text="star moves").first
+            planned = page.locator("#rounds-list li", has_text="spread").first
             await planned.wait_for()
             assert "chat-" in await planned.inner_text() and "spread" in await planned.inner_text()
             await page.wait_for_function("document.querySelector('#cards dd').textContent.includes('s')")
