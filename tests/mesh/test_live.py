@@ -9,6 +9,8 @@ import asyncio
 import os
 from pathlib import Path
 
+from playwright.async_api import expect
+
 from starmesh.emulation.requests import emulated_request
 from tests.browser import WAIT_MS, visit
 from tests.mesh.processes import Mesh
@@ -57,9 +59,9 @@ async def test_an_operator_sees_a_sequence_move_and_why(tmp_path: Path) -> None:
             planned = page.locator("#rounds-list li", has_text="spread").first
             await planned.wait_for()
             assert "chat-" in await planned.inner_text() and "spread" in await planned.inner_text()
-            await page.wait_for_function("document.querySelector('#cards dd').textContent.includes('s')")
+            await expect(page.locator("#cards dd").first).to_contain_text("s", timeout=WAIT_MS)
             if picture := os.environ.get("STARMESH_SCREENSHOT"):
-                await page.wait_for_function("document.querySelectorAll('#moves-list li').length > 2", timeout=WAIT_MS)
+                await page.locator("#moves-list li").nth(2).wait_for()
                 await page.screenshot(path=picture)
             seen.check(origin)
         running.cancel()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI
+from playwright.async_api import expect
 
 from services.router.cluster_frames import ClusterFrames
 from services.router.http.errors import answer_in_openai_shape
@@ -17,7 +18,7 @@ from services.router.http.server import HttpServer
 from starmesh.rpc.api_keys import ApiKeys
 from starmesh.rpc.key_file import ApiKey, Scope, digest_of, new_secret, write_keys
 from starmesh.v1 import cluster_pb2, decode_pb2
-from tests.browser import visit
+from tests.browser import WAIT_MS, visit
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
 
@@ -104,11 +105,12 @@ async def test_many_instances_are_tiles_that_can_be_ordered() -> None:
     frames = Scripted(lambda: cluster(names, sequences=4))
     async with served(frames) as origin, visit(f"{origin}/live", scheme="dark") as seen:
         page = seen.page
-        await page.wait_for_function("document.querySelectorAll('.tile').length === 256")
+        await expect(page.locator(".tile")).to_have_count(256, timeout=WAIT_MS)
         assert await page.locator(".block").count() == 0, "too many to be told apart"
         assert await page.locator(".tile").first.get_attribute("data-instance") == "decode-0"
         await page.select_option("#order", "used")
-        await page.wait_for_function("document.querySelector('.tile').dataset.instance === 'decode-255'")
+        first = page.locator(".tile").first
+        await expect(first).to_have_attribute("data-instance", "decode-255", timeout=WAIT_MS)
         # It does not freeze: a frame of 256 instances is drawn well within the time to the next one.
         drawn = await page.evaluate(
             "() => new Promise((done) => { const from = performance.now(); "
@@ -128,8 +130,8 @@ async def test_few_become_many_and_some_go() -> None:
     async with served(Scripted(make)) as origin, visit(f"{origin}/live", width=420, height=900) as seen:
         page = seen.page
         for count, form in ((3, "lane"), (20, "tile"), (2, "lane")):
-            await page.wait_for_function(f"document.querySelectorAll('.{form}').length === {count}")
-        await page.wait_for_function("document.querySelectorAll('.tile').length === 0")
+            await expect(page.locator(f".{form}")).to_have_count(count, timeout=WAIT_MS)
+        await expect(page.locator(".tile")).to_have_count(0, timeout=WAIT_MS)
         wide = await page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, "nothing is wider than a narrow screen"
         seen.check(origin)

@@ -177,7 +177,8 @@ class Lane {
   show(one, blocks, scale, nowMs) {
     this.row.dataset.state = one.state;
     const state = one.state === "silent" ? `silent ${span(one.age)}` : one.state;
-    say(this.state, one.incoming + one.outgoing ? `${one.incoming} coming, ${one.outgoing} leaving` : state);
+    const moving = [one.incoming && `${one.incoming} coming`, one.outgoing && `${one.outgoing} leaving`].filter(Boolean);
+    say(this.state, one.state === "ready" && moving.length ? moving.join(", ") : state);
     say(this.counts, `${one.running} run, ${one.waiting} wait`);
     this.state.classList.toggle("loud", one.state === "silent");
     this.kv.show(one);
