@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from starmesh.client import Client
@@ -124,6 +125,7 @@ class Traffic:
         return answer.token_ids
 
 
+@pytest.mark.timeout(900)
 async def test_no_stream_fails(tmp_path: Path) -> None:
     async with Mesh(tmp_path, tmp_path, forked=True) as mesh:
         await asyncio.gather(*(mesh.start(role, name, *FLAGS[role]) for role, name in SERVICES))

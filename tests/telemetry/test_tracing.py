@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from starmesh.telemetry import names
 from starmesh.telemetry.spans import ANY_SUFFIX, ON_FAILURE, ROOT, SPANS, SpanRow
 from tests.mesh.otlp import ReceivedSpan, Receiver
@@ -16,6 +18,7 @@ ROWS = {row.name: row for row in SPANS}
 KINDS = ("", "INTERNAL", "SERVER", "CLIENT")  # by OTLP's numbers
 
 
+@pytest.mark.timeout(900)
 async def test_every_span_is_as_registered(tmp_path: Path) -> None:
     async with Receiver() as receiver:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}

@@ -20,11 +20,11 @@ from tests.mesh.streams import Answer, generate, generate_all
 
 SECRET = "zanzibar-lantern"
 """In prompts, and in nothing that a service writes."""
-# Steps of 3 ms; KV memory for 12,000 tokens.
-EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "12000", "--speed", "2")
+# Steps of 24 ms, slow enough for a busy machine; KV memory for 12,000 tokens.
+EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "12000", "--speed", "0.25")
 DECODE = (*EMULATED, "--transfer", "stream")
 ROUTER = (*EMULATED, "--dispatch-policy", "predicted_load", "--predictor-timeout-s", "5", "--queue-timeout-s", "2")
-LONG_TOKENS = 2500
+LONG_TOKENS = 400
 _TRIES = 5
 
 
@@ -162,17 +162,21 @@ async def drained(mesh: Mesh) -> None:
 
 
 async def rescheduled(mesh: Mesh) -> None:
-    """One instance has all; another comes, and the rescheduler moves some there."""
+    """One instance has all; another comes, and the rescheduler moves one there."""
     await mesh.start("rescheduler", "rescheduler", *EMULATED, "--round-interval-s", "0.2")
-    messages = [emulated_request(100, LONG_TOKENS, request_id=f"long-{number}") for number in range(4)]
-    begun = asyncio.Event()
-    running = asyncio.create_task(
-        generate_all(mesh.inference(), messages, on_token=lambda tokens: begun.set() if tokens > 100 else None)
-    )
-    await asyncio.wait_for(begun.wait(), 60)
-    await mesh.start("decode", "decode-3", *DECODE)
-    answers = await running
-    assert any(answer.usage is not None and answer.usage.migrations for answer in answers)
+    async with (
+        _running(mesh, emulated_request(100, 5700, request_id="long-0")) as first,
+        _running(mesh, emulated_request(100, 5700, request_id="long-1")) as second,
+    ):
+        await mesh.start("decode", "decode-3", *DECODE)
+
+        async def arrived() -> int:
+            instances = await mesh.instances()
+            return sum(i.load.migrated_sequences for i in instances if i.instance_id == "decode-3")
+
+        await until(arrived, "a move to the newcomer", 120)
+        first.cancel()
+        second.cancel()
 
 
 @contextlib.asynccontextmanager
