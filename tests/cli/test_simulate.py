@@ -151,7 +151,7 @@ def test_options_reach_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"compare": "best"}, "--compare: 'best' is none of round_robin"),
+        ({"compare": "best"}, "--compare: 'best' is none of vllm_round_robin"),
         ({"compare": ","}, "--compare names at least one of"),
         ({"rates": "1,x"}, "--rates: '1,x' are no numbers above 0; write 1,2,4"),
         ({"rates": "0"}, "--rates"),
