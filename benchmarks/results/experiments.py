@@ -193,7 +193,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             "16 decode instances",
             "requests per second for each decode instance",
             rate_per_instance,
-            tuple(runs((VLLM[0], "least_tokens", *pair), (0.14,), decode=16, profile=edge, shadow_s=400.0)),
+            tuple(runs((VLLM[0], "least_tokens", *pair), (0.14,), decode=16, profile=edge, shadow_s=400.0, seeds=few)),
         ),
         Experiment(
             "size64",
