@@ -164,7 +164,8 @@ def simulate(
 ) -> None:
     """See what a cluster would do with a load before there is one: the live policies on virtual time.
 
-    Place a request once: round_robin, least_requests, least_tokens, power_of_two.
+    Place a request once: round_robin, least_requests, least_tokens, power_of_two. The same without regard to memory, as
+    vLLM's P/D set-ups do: vllm_round_robin, vllm_least_tokens.
 
     Move running ones too: llumnix, current_load, star, star_plus.
 
