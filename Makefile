@@ -12,6 +12,9 @@ UV_VERSION := 0.13.9
 INSTALLED := .venv/.installed
 GENERATED := .venv/.generated
 
+# Tests that start whole clusters of processes: one at a time, or two clusters starve each other on two cores.
+CLUSTERS := tests/mesh tests/examples tests/telemetry/test_tracing.py tests/client/test_router_dies.py
+
 # Without cached bytecode each process would compile torch and transformers again, 20 s of CPU time.
 unexport PYTHONDONTWRITEBYTECODE
 # Several torch processes share the machine's cores: one thread each, or they spin and wait for one another.
@@ -47,7 +50,8 @@ lint: setup ## style, types, layers, protos
 	$(BIN)/buf lint
 
 full: setup model ## the tests on real parts: the model, a Redis server, processes
-	$(BIN)/python -m pytest -q -m "not fast" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not fast" -n 2 --dist loadfile $(CLUSTERS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m "not fast" $(CLUSTERS)
 
 clean: ## remove what set-up and checks have made; cached models stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

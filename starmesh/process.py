@@ -58,6 +58,7 @@ class ServiceSettings(BaseSettings):
     ledger_password_file: Path | None = Field(
         None, description="file with the password of the ledger's user, instead of one in the URL"
     )
+    ledger_timeout_s: float = Field(1.0, gt=0, le=30, description="seconds that an operation of the ledger may take")
     ledger_ca: Path | None = Field(
         None, description="PEM file of the CAs that sign the certificate of a rediss:// ledger; empty: the system's"
     )
@@ -121,7 +122,11 @@ class ServiceSettings(BaseSettings):
     def open_ledger(self) -> RedisLedger:
         """The ledger, not connected yet. Raises LedgerError for what cannot be understood or read."""
         return RedisLedger.connect(
-            self.ledger, cluster=self.cluster, password_file=self.ledger_password_file, ca=self.ledger_ca
+            self.ledger,
+            cluster=self.cluster,
+            password_file=self.ledger_password_file,
+            ca=self.ledger_ca,
+            timeout_s=self.ledger_timeout_s,
         )
 
     @field_validator("metrics_listen")

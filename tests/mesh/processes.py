@@ -81,7 +81,9 @@ class Mesh:
         if role in ("router", "prefill", "decode"):
             arguments += ["--model", str(self.model)]
         arguments += flags
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "STARMESH_LEDGER": self.server.url} | self.environment
+        patient = {"STARMESH_LEDGER_TIMEOUT_S": "3"}  # a busy machine may leave the server alone for a second
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "STARMESH_LEDGER": self.server.url} | patient
+        environment |= self.environment
         process: asyncio.subprocess.Process | ForkedProcess
         if self.forked:
             process = await start_forked(module, arguments, environment, log)
