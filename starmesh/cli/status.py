@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import TypeVar
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console, Group, RenderableType
@@ -15,6 +17,7 @@ from rich.text import Text
 
 from starmesh.cli.predictor_status import look_at_predictor, predictor_line
 from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.cli.run import CliError
 from starmesh.policy.rescheduling.config import ReschedulingConfig
 from starmesh.v1 import cluster_pb2
 
@@ -24,6 +27,8 @@ _RATE_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 2.0
 _FRESH_TOKENS = ReschedulingConfig().max_prediction_age_tokens
 """What rescheduling still believes."""
+
+Frame = TypeVar("Frame")
 
 
 class TokenRates:
@@ -192,7 +197,9 @@ def _age_s(instance: cluster_pb2.Instance) -> float:
     return instance.report_age.seconds + instance.report_age.nanos / 1e9
 
 
-async def observe(router: RouterClient, *, interval_s: float, sequences: bool = False) -> AsyncIterator[RenderableType]:
+async def observe(
+    router: RouterClient, *, interval_s: float, sequences: bool = False
+) -> AsyncGenerator[RenderableType, None]:
     """The tables, again and again; ends with the router's stream. Raises AioRpcError when that breaks."""
     request = cluster_pb2.WatchClusterRequest()
     request.interval.FromNanoseconds(int(interval_s * 1e9))
@@ -214,15 +221,22 @@ async def observe(router: RouterClient, *, interval_s: float, sequences: bool = 
         call.cancel()
 
 
+async def second(frames: AsyncGenerator[Frame, None]) -> Frame:
+    """The second of the frames, then no more of them: a rate needs two observations. Raises CliError when it does not
+    come."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S), contextlib.aclosing(frames):
+            await anext(frames)
+            return await anext(frames)
+    except TimeoutError:
+        raise CliError(f"no answer within {CALL_TIMEOUT_S:g} s; does --address name a router?") from None
+    except StopAsyncIteration:
+        raise CliError("the router is stopping; try again later, or name another with --address") from None
+
+
 async def show_status(router: RouterClient, console: Console, *, sequences: bool = False) -> None:
-    """Print the table once. Two observations, since a rate needs two."""
-    table: RenderableType = ""
-    async with asyncio.timeout(CALL_TIMEOUT_S):
-        tables = observe(router, interval_s=_RATE_INTERVAL_S, sequences=sequences)
-        for _ in range(2):
-            table = await anext(tables)
-        await tables.aclose()  # type: ignore[attr-defined] # an async generator
-    console.print(table)
+    """Print the table once. Raises CliError for a router that does not answer or is stopping."""
+    console.print(await second(observe(router, interval_s=_RATE_INTERVAL_S, sequences=sequences)))
 
 
 async def watch_status(router: RouterClient, console: Console, *, interval_s: float, sequences: bool) -> None:

@@ -12,22 +12,22 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from rich.console import Console
 from rich.live import Live
 
-from starmesh.cli.router import CALL_TIMEOUT_S, RouterClient
+from starmesh.cli.router import RouterClient
 from starmesh.cli.run import CliError
-from starmesh.cli.status import TokenRates
+from starmesh.cli.status import TokenRates, second
 from starmesh.cli.top_view import TopView
 from starmesh.v1 import cluster_pb2
 
 _ONCE_INTERVAL_S = 0.5
-_QUIT = frozenset("qQ\x1b")  # Escape too
+_ESCAPE = b"\x1b"
 
 
-async def views(router: RouterClient, *, interval_s: float) -> AsyncIterator[TopView]:
+async def views(router: RouterClient, *, interval_s: float) -> AsyncGenerator[TopView, None]:
     """Frame after frame; ends with the router's stream. Raises AioRpcError when that breaks."""
     # What is shown of sequences are sums, and the router makes them: the fewest it lists are enough.
     request = cluster_pb2.WatchClusterRequest(max_sequences=1)
@@ -42,13 +42,15 @@ async def views(router: RouterClient, *, interval_s: float) -> AsyncIterator[Top
         call.cancel()
 
 
+def quits(pressed: bytes) -> bool:
+    """Whether what came from the terminal at once is q or Escape. Arrows, and the wheel of a mouse, begin as Escape
+    does."""
+    return pressed[:1] in (b"q", b"Q") or pressed == _ESCAPE
+
+
 async def show_once(router: RouterClient, console: Console) -> None:
-    """Print one frame. Two observations, since a rate needs two."""
-    frames = views(router, interval_s=_ONCE_INTERVAL_S)
-    async with asyncio.timeout(CALL_TIMEOUT_S), contextlib.aclosing(frames):  # type: ignore[type-var]
-        await anext(frames)
-        view = await anext(frames)
-    console.print(view)
+    """Print one frame. Raises CliError for a router that does not answer or is stopping."""
+    console.print(await second(views(router, interval_s=_ONCE_INTERVAL_S)))
 
 
 async def show_top(router: RouterClient, console: Console, *, interval_s: float) -> None:
@@ -59,12 +61,12 @@ async def show_top(router: RouterClient, console: Console, *, interval_s: float)
     watching = asyncio.create_task(_watch(router, console, interval_s), name="top")
     quitting = asyncio.create_task(quit_.wait(), name="keys")
 
-    def on_key(key: str) -> None:
-        if key in _QUIT:
+    def on_press(pressed: bytes) -> None:
+        if quits(pressed):
             quit_.set()
 
     try:
-        with _keys(loop, on_key):
+        with _keys(loop, on_press):
             await asyncio.wait({watching, quitting}, return_when=asyncio.FIRST_COMPLETED)
             if watching.done():
                 await watching
@@ -94,8 +96,8 @@ async def _watch(router: RouterClient, console: Console, interval_s: float) -> N
 
 
 @contextlib.contextmanager
-def _keys(loop: asyncio.AbstractEventLoop, on_key: Callable[[str], None]) -> Iterator[None]:
-    """Have ``on_key`` hear of each key, without an echo; of none where stdin is no terminal."""
+def _keys(loop: asyncio.AbstractEventLoop, on_press: Callable[[bytes], None]) -> Iterator[None]:
+    """Have ``on_press`` hear of what is pressed, without an echo; of nothing where stdin is no terminal."""
     if not sys.stdin.isatty():
         yield
         return
@@ -105,8 +107,7 @@ def _keys(loop: asyncio.AbstractEventLoop, on_key: Callable[[str], None]) -> Ite
     tty.setcbreak(descriptor)
 
     def read() -> None:
-        for key in os.read(descriptor, 64).decode(errors="replace")[:1]:
-            on_key(key)
+        on_press(os.read(descriptor, 64))
 
     loop.add_reader(descriptor, read)
     try:

@@ -6,16 +6,20 @@ import asyncio
 import io
 import os
 import pty
+import socket
 import sys
+from collections.abc import Awaitable, Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from starmesh.cli import status
 from starmesh.cli.router import RouterClient, connect
 from starmesh.cli.run import CliError
-from starmesh.cli.top import show_once, show_top
+from starmesh.cli.status import show_status
+from starmesh.cli.top import quits, show_once, show_top
 from starmesh.cli.top_view import TopView
 from starmesh.v1 import cluster_pb2, decode_pb2
 from tests.router.conftest import TIMEOUT_S, Mesh, mesh
@@ -121,6 +125,18 @@ def test_a_frame_fits(decodes: int, moves: int, rounds: int, width: int, height:
     assert sum(line.startswith("decode-") for line in lines) == decodes or hidden
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("pressed", [b"q", b"Q", b"\x1b", b"qq"])
+def test_q_and_escape_quit(pressed: bytes) -> None:
+    assert quits(pressed)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("pressed", [b"\x1b[A", b"\x1bOB", b"\x1b[<65;10;10M", b" ", b"x", b""])
+def test_no_other_key_does(pressed: bytes) -> None:
+    assert not quits(pressed)
+
+
 async def test_one_frame_for_pipes(mesh: Mesh) -> None:
     await mesh.start()
     async for _ in mesh.generate():
@@ -200,3 +216,25 @@ async def test_it_ends_with_the_router(mesh: Mesh) -> None:
         mesh.process.router.stopping.set()
         with pytest.raises(CliError, match="the router has stopped"):
             await watching
+
+
+@pytest.mark.parametrize("show", [show_once, show_status])
+async def test_a_router_that_stops_has_no_frame_to_print(
+    mesh: Mesh, show: Callable[[RouterClient, Console], Awaitable[None]]
+) -> None:
+    await mesh.start()
+    mesh.process.router.stopping.set()
+    async with connect(mesh.process.address) as router:
+        with pytest.raises(CliError, match="is stopping"):
+            await show(router, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("show", [show_once, show_status])
+async def test_what_never_answers_is_told_of(
+    show: Callable[[RouterClient, Console], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "CALL_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with connect(f"127.0.0.1:{silent.getsockname()[1]}") as router:
+            with pytest.raises(CliError, match="no answer within"):
+                await show(router, Console(file=io.StringIO()))
