@@ -62,10 +62,12 @@ class Authority:
                 f"no CA in {directory} ({error.strerror}: {error.filename}); make one: starmesh certs init --out "
                 f"{directory}"
             ) from None
-        except ValueError:
+        except (ValueError, TypeError):  # the latter for a key with a passphrase
             raise CliError(f"ca.crt and ca.key in {directory} are not what `starmesh certs init` makes") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise CliError(f"ca.key in {directory} is not what `starmesh certs init` makes")
+        if key.public_key() != certificate.public_key():
+            raise CliError(f"ca.key in {directory} is not the key of ca.crt there; put those of one CA there")
         return cls(certificate, key)
 
     def write(self, directory: Path, *, overwrite: bool = False) -> Path:
@@ -85,7 +87,12 @@ class Authority:
         overwrite: bool = False,
     ) -> TlsFiles:
         """Write NAME.crt and NAME.key, of a certificate for ``names`` (DNS names and IP addresses) that serves and
-        calls, and ca.crt where it is not there. Raises CliError when they are there, unless ``overwrite``."""
+        calls, and ca.crt where it is not there. Raises CliError when they are there, unless ``overwrite``, and when
+        ca.crt there is not this CA's: what is issued would not be known by it."""
+        files = TlsFiles(cert=directory / f"{name}.crt", key=directory / f"{name}.key", ca=directory / "ca.crt")
+        trusted = self._is_in(files.ca) if files.ca.exists() else None
+        if trusted is False:
+            raise CliError(f"{files.ca} holds another CA; add this one's certificate to it, or use another --out")
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
             _builder(_subject(name), self.certificate.subject, key, lifetime)
@@ -102,11 +109,19 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName([_general_name(entry) for entry in names]), critical=False)
         )
         certificate = builder.sign(self.key, hashes.SHA256())
-        files = TlsFiles(cert=directory / f"{name}.crt", key=directory / f"{name}.key", ca=directory / "ca.crt")
         _write({files.key: _key_pem(key), files.cert: _pem(certificate)}, overwrite=overwrite)
-        if not files.ca.exists():
+        if trusted is None:
             _write({files.ca: _pem(self.certificate)}, overwrite=False)
         return files
+
+    def _is_in(self, bundle: Path) -> bool:
+        """Whether this CA's certificate is among those of the file. Raises CliError for one that holds none."""
+        try:
+            return self.certificate in x509.load_pem_x509_certificates(bundle.read_bytes())
+        except OSError as error:
+            raise CliError(f"cannot read {bundle}: {error.strerror}") from None
+        except ValueError:
+            raise CliError(f"{bundle} holds no certificate in PEM; remove it") from None
 
 
 def _builder(

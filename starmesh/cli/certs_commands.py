@@ -60,6 +60,8 @@ def issue(
 
     if not _FILE_NAME.fullmatch(name):
         raise typer.BadParameter("use letters, digits, dots, dashes and underscores", param_hint="NAME")
+    if name == "ca":
+        raise typer.BadParameter("ca.crt and ca.key are the CA's own files; use another", param_hint="NAME")
     names = tuple(dict.fromkeys([server_name, *(san or ())]))
     try:
         files = Authority.open(ca or out).issue(

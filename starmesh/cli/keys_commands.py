@@ -44,7 +44,8 @@ def create(
 
     secret = new_secret()
     try:
-        keys = read_keys(file) if file.exists() else ()
+        # An empty file is no file of keys yet, as a volume or a template may have put it there.
+        keys = read_keys(file) if file.exists() and file.stat().st_size else ()
         if any(key.key_id == key_id for key in keys):
             fail(f"{file} has a key {key_id} already; revoke it first, or name another")
         key = ApiKey(

@@ -28,6 +28,9 @@ MAX_FILE_BYTES = 1 << 20
 MAX_KEYS = 4096
 MAX_LIMIT = 1_000_000
 """The highest rate and the highest number of requests in flight that a key may be given."""
+MIN_RATE = 1e-6
+"""The lowest rate: a request in twelve days. A refused caller is told when to come again, and protobuf's Duration ends
+after 10,000 years."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -67,8 +70,8 @@ class ApiKey:
             raise ValueError("sha256: 64 hexadecimal digits in lower case are wanted")
         if not self.scopes:
             raise ValueError(f"scopes: at least one of {', '.join(Scope)} is wanted")
-        if self.requests_per_s is not None and not 0 < self.requests_per_s <= MAX_LIMIT:
-            raise ValueError(f"requests_per_s: more than 0 and at most {MAX_LIMIT} is wanted")
+        if self.requests_per_s is not None and not MIN_RATE <= self.requests_per_s <= MAX_LIMIT:
+            raise ValueError(f"requests_per_s: {MIN_RATE} to {MAX_LIMIT} is wanted")
         if self.max_requests is not None and not 0 < self.max_requests <= MAX_LIMIT:
             raise ValueError(f"max_requests: 1 to {MAX_LIMIT} is wanted")
         if self.expires is not None and self.expires.tzinfo is None:

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from typer.testing import CliRunner
 
 from starmesh.cli.app import app
@@ -75,11 +81,39 @@ def test_what_cannot_be_issued_is_told(tmp_path: Path) -> None:
     assert "starmesh certs init" in starmesh("certs", "issue", "service", "--out", tmp_path, fails=True)
     starmesh("certs", "init", "--out", tmp_path)
     starmesh("certs", "issue", "../service", "--out", tmp_path, fails=True)
+    assert "CA's own" in starmesh("certs", "issue", "ca", "--out", tmp_path, "--overwrite", fails=True)
     assert "DNS name" in starmesh("certs", "issue", "service", "--out", tmp_path, "--san", "é", fails=True)
     (tmp_path / "ca.key").write_text("nonsense")
     assert "ca.key" in starmesh("certs", "issue", "service", "--out", tmp_path, fails=True)
     (tmp_path / "file").write_text("")
     assert "cannot write" in starmesh("certs", "init", "--out", tmp_path / "file" / "below", fails=True)
+
+
+def test_the_files_of_two_cas_are_not_mixed(tmp_path: Path) -> None:
+    """What has no error here has one at the first handshake, which says less."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "certs"
+    starmesh("certs", "init", "--out", first)
+    starmesh("certs", "init", "--out", second)
+    starmesh("certs", "issue", "service", "--ca", first, "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = starmesh("certs", "issue", "service", "--ca", second, "--out", out, "--overwrite", fails=True)
+    assert "holds another CA" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    # The first step of replacing a CA: both are trusted.
+    (out / "ca.crt").write_bytes(before["ca.crt"] + (second / "ca.crt").read_bytes())
+    starmesh("certs", "issue", "service", "--ca", second, "--out", out, "--overwrite")
+    (out / "ca.crt").write_text("nonsense")
+    assert "no certificate" in starmesh("certs", "issue", "other", "--ca", second, "--out", out, fails=True)
+    (second / "ca.key").write_bytes((first / "ca.key").read_bytes())
+    assert "not the key" in starmesh("certs", "issue", "service", "--ca", second, "--out", tmp_path, fails=True)
+
+
+def test_a_ca_key_with_a_passphrase_is_told_of(tmp_path: Path) -> None:
+    starmesh("certs", "init", "--out", tmp_path)
+    key = load_pem_private_key((tmp_path / "ca.key").read_bytes(), password=None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "ca.key").write_bytes(locked)
+    assert "ca.key" in starmesh("certs", "issue", "service", "--out", tmp_path, fails=True)
 
 
 def test_openssl_agrees(tmp_path: Path) -> None:
@@ -114,6 +148,13 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert all(word in listed for word in ("alice", "bob", "2.5", "4", "generate, operate"))
     starmesh("keys", "revoke", file, "alice")
     assert [key.key_id for key in read_keys(file)] == ["bob"]
+
+
+def test_an_empty_file_takes_a_first_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.touch()
+    starmesh("keys", "create", file, "alice")
+    assert [key.key_id for key in read_keys(file)] == ["alice"]
 
 
 def test_what_is_wrong_with_a_key_is_told(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_the_file_is_not_for_everyone(tmp_path: Path) -> None:
         (json.dumps(GOOD | {"scopes": ["everything"]}), "scopes"),
         (json.dumps(GOOD | {"scopes": [["generate"]]}), "scopes"),
         (json.dumps(GOOD | {"requests_per_s": 0}), "requests_per_s"),
+        (json.dumps(GOOD | {"requests_per_s": 1e-13}), "requests_per_s"),
         (json.dumps(GOOD | {"requests_per_s": True}), "requests_per_s"),
         (json.dumps(GOOD | {"requests_per_s": "5"}), "requests_per_s"),
         (json.dumps(GOOD | {"requests_per_s": 10**400}), "requests_per_s"),
