@@ -22,6 +22,7 @@ from starmesh.client.options import new_request_id
 from starmesh.client.pieces import Answer, FinishReason, Piece, piece_of
 from starmesh.client.retrying import Anew, Failure, ReadOn, Retrying, RetryPolicy
 from starmesh.client.routers import RouterLink, Routers
+from starmesh.client.trace_context import trace_metadata
 from starmesh.rpc.status import StatusError, from_rpc_error
 from starmesh.v1 import inference_pb2
 
@@ -58,6 +59,8 @@ class AnswerStream:
         self._resumable = request.HasField("resume_window")
         self._retrying = Retrying(policy, resumable=self._resumable, routers=len(routers), draw=random.random)
         self._forget = forget
+        # Whatever calls it takes, at whichever routers, they are of the trace that asked.
+        self._metadata = trace_metadata()
         self._token_ids: list[int] = []
         self._link = routers.choose()
         self._call: Any = None
@@ -190,7 +193,7 @@ class AnswerStream:
         match step:
             case ReadOn():
                 request = inference_pb2.ResumeRequest(request_id=self.request_id, offset=len(self._token_ids))
-                self._call = self._link.stub.Resume(request, timeout=self._remaining_s())
+                self._call = self._link.stub.Resume(request, timeout=self._remaining_s(), metadata=self._metadata)
             case Anew(elsewhere=elsewhere):
                 self.drop()
                 if elsewhere:
@@ -205,7 +208,7 @@ class AnswerStream:
         request = self._request
         del request.output_token_ids[:]
         request.output_token_ids.extend(self._token_ids)
-        self._call = self._link.stub.Generate(request, timeout=self._remaining_s())
+        self._call = self._link.stub.Generate(request, timeout=self._remaining_s(), metadata=self._metadata)
         self._wanted = True
 
     def _check_open(self) -> None:
