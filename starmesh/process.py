@@ -181,7 +181,8 @@ def run_service(
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            print(f"starmesh {role}: --{name}: {problem['msg']}", file=sys.stderr)  # noqa: T201
+            said = problem["msg"].removeprefix("Value error, ")  # pydantic's word for what our validators say
+            print(f"starmesh {role}: --{name}: {said}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     instance_id = settings.name_instance(role)
     setup_logging(instance_id, settings.log_level)

@@ -42,3 +42,4 @@ def test_bad_settings_are_one_line(
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
+    assert "Value error" not in line

@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from starmesh.ledger import InvalidDocument
-from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES, MAX_TRANSFER_BACKENDS
-from starmesh.policy.rescheduling.plain import NotPlain, from_plain, to_plain
+from starmesh.ledger.limits import MAX_COUNT, MAX_SEQUENCES, MAX_TRANSFER_BACKENDS, check_rounds
+from starmesh.policy.rescheduling.plain import from_plain, to_plain
 from starmesh.rounds import MAX_ROUNDS, RoundSummary
 from starmesh.sequence_loads import UNKNOWN, SequenceLoads
 from starmesh.types import (
@@ -176,9 +176,12 @@ def decode_rounds(document: bytes) -> tuple[RoundSummary, ...]:
     rows = fields.array("rounds", limit=MAX_ROUNDS)
     fields.end()
     try:
-        return tuple(from_plain(RoundSummary, row, f"rounds[{place}]") for place, row in enumerate(rows))
-    except NotPlain as error:
-        _refuse(str(error))
+        rounds = tuple(from_plain(RoundSummary, row, f"rounds[{place}]") for place, row in enumerate(rows))
+        # As much is demanded of who writes them. Beyond it no message that shows them could be made.
+        check_rounds(rounds)
+    except ValueError as error:  # NotPlain too
+        _refuse(f"rounds: {error}")
+    return rounds
 
 
 def decode_count(text: str | bytes, what: str) -> int:

@@ -23,6 +23,7 @@ from typing import Final, Self
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from starmesh.clock import Clock, WallClock
@@ -163,9 +164,12 @@ class Credentials:
         _certificates(pem.ca, self._files.ca)
         try:
             key = load_pem_private_key(pem.key, password=None)
+            belongs = _public_bytes(key.public_key()) == _public_bytes(certificate.public_key())
         except (ValueError, TypeError):
             raise TlsError(f"{self._files.key}: holds no private key without a passphrase, in PEM") from None
-        if _public_bytes(key.public_key()) != _public_bytes(certificate.public_key()):
+        except UnsupportedAlgorithm as error:
+            raise TlsError(f"{self._files.key} or {self._files.cert}: {error}; use ECDSA over P-256, or RSA") from None
+        if not belongs:
             raise TlsError(f"{self._files.key} is not the key of {self._files.cert}")
         ends = certificate.not_valid_after_utc
         if ends <= datetime.now(UTC):

@@ -48,13 +48,15 @@ def every_field_of(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Draws each field by its type, so that a field that is added and not encoded fails here."""
     drawn: dict[Any, st.SearchStrategy[Any]] = {
         str: IDS,
-        int: st.integers(0, MAX_COUNT),
+        int: st.integers(0, MAX_COUNT - 1),
         int | None: st.none() | st.integers(0, MAX_COUNT),
         float: st.floats(0, 1e9),
         KvLayout | None: st.none() | st.deferred(lambda: every_field_of(KvLayout)),
         tuple[TransferBackend, ...]: st.lists(st.sampled_from(TransferBackend), max_size=3).map(tuple),
         tuple[RoundMove, ...]: st.lists(st.deferred(lambda: every_field_of(RoundMove)), max_size=3).map(tuple),
-        Migration: st.deferred(lambda: every_field_of(Migration)),
+        Migration: st.deferred(lambda: every_field_of(Migration)).map(
+            lambda drawn: replace(drawn, epoch=drawn.epoch + 1)
+        ),
         Mapping[str, int]: st.dictionaries(IDS, st.integers(0, MAX_COUNT), max_size=3),
         Sequence[SequenceLoad]: st.lists(st.deferred(lambda: every_field_of(SequenceLoad)), max_size=3).map(tuple),
     }
@@ -122,7 +124,9 @@ def test_rounds_there_and_back(rounds: list[RoundSummary]) -> None:
 def test_rounds_of_another_shape_are_refused() -> None:
     written = json.loads(encode_rounds([round_summary("a")]))
     (shown,) = written["rounds"]
-    for rounds in ([shown] * (MAX_ROUNDS + 1), [{**shown, "extra": 1}], [{**shown, "term": "1"}], [[]], 7):
+    out_of_bounds = [{"term": -1}, {"term": 2**60}, {"last_s": -1.0}, {"policy": "x" * 201}, {"leader": "two words"}]
+    others: list[Any] = [[{**shown, **change}] for change in ({"extra": 1}, {"term": "1"}, *out_of_bounds)]
+    for rounds in ([shown] * (MAX_ROUNDS + 1), *others, [[]], 7):
         with pytest.raises(InvalidDocument, match="rounds"):
             decode_rounds(json.dumps({**written, "rounds": rounds}).encode())
 

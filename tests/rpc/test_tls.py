@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
+    NoEncryption,
     PrivateFormat,
     load_pem_private_key,
 )
@@ -178,10 +180,21 @@ def with_passphrase(files: TlsFiles) -> None:
     files.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
 
 
+def on_an_unknown_curve(files: TlsFiles) -> None:
+    """The key with another number for its curve, as one has it that OpenSSL knows and our library does not."""
+    key = load_pem_private_key(files.key.read_bytes(), password=None)
+    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    p256 = bytes.fromhex("06082a8648ce3d030107")
+    assert p256 in der
+    unknown = b64encode(der.replace(p256, p256[:-1] + b"\x7f")).decode()
+    files.key.write_text(f"-----BEGIN PRIVATE KEY-----\n{unknown}\n-----END PRIVATE KEY-----\n")
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda files: files.cert.unlink(), "No such file"),
+        (on_an_unknown_curve, "use ECDSA over P-256"),
         (lambda files: files.cert.write_text("no PEM"), "holds no certificate"),
         (lambda files: files.ca.write_text("no PEM"), "holds no certificate"),
         (lambda files: files.key.write_text("no PEM"), "holds no private key"),
