@@ -72,6 +72,12 @@ async def nobody_there(client: Client, cluster: Cluster) -> None:
     ended.expect_error("UNAVAILABLE", "see whether a router listens there")
 
 
+async def no_ca_file(client: Client, cluster: Cluster) -> None:
+    """Says that it cannot read the CA's file, instead of trusting others or none."""
+    ended = await client.run("--ca", "missing.crt", cluster.address, "hello")
+    ended.expect(ended.code == 2 and "missing.crt" in ended.said, "to be told of the file")
+
+
 async def resume(client: Client, cluster: Cluster) -> None:
     """Goes on through two cuts of its connection with Resume: no token is lost, none comes twice."""
     request_id = _name(client)
@@ -151,7 +157,7 @@ async def plaintext_to_tls(client: Client, cluster: Cluster) -> None:
 
 
 PLAIN: Final[tuple[Trial, ...]] = (
-    *(stream, cancel, end_the_call, deadline, bad_field, nobody_there, resume, migration),
+    *(stream, cancel, end_the_call, deadline, bad_field, nobody_there, no_ca_file, resume, migration),
 )
 """Those at a cluster without TLS and keys."""
 SECURED: Final[tuple[Trial, ...]] = (tls_and_key, no_key, wrong_key, busy_key, wrong_ca, plaintext_to_tls)

@@ -190,8 +190,8 @@ func main() {
 	}
 	connection, err := connect(flag.Arg(0))
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
-		os.Exit(1)
+		fmt.Fprintf(os.Stderr, "%v; see ../README.md\n", err)
+		os.Exit(2)
 	}
 	defer connection.Close()
 	ctx, done := context.WithTimeout(context.Background(), time.Duration(*deadline*float64(time.Second)))

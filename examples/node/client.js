@@ -26,7 +26,7 @@ function readArguments() {
   });
   const [address, prompt] = positionals;
   if (positionals.length !== 2) throw new Error("give an address and a prompt");
-  return { ...values, address, prompt };
+  return { ...values, ca: values.ca && readFileSync(values.ca), address, prompt };
 }
 
 // The messages and services as plain objects, read from the .proto files when the program starts.
@@ -40,7 +40,7 @@ const definitions = protoLoader.loadSync(["starmesh/v1/inference.proto", "google
 });
 
 function connect({ address, ca, "api-key": key }) {
-  const credentials = ca ? grpc.credentials.createSsl(readFileSync(ca)) : grpc.credentials.createInsecure();
+  const credentials = ca ? grpc.credentials.createSsl(ca) : grpc.credentials.createInsecure();
   const { InferenceService } = grpc.loadPackageDefinition(definitions).starmesh.v1;
   // Notices within half a minute that a silent network has lost the router, and looks for it again within a second.
   const client = new InferenceService(address, credentials, {

@@ -35,11 +35,18 @@ def read_arguments():
     parser.add_argument("--deadline", type=float, default=300.0)
     parser.add_argument("--resume-window", type=float, default=10.0)
     parser.add_argument("--cancel-after", type=int, default=0)
-    parser.add_argument("--ca", type=Path)
+    parser.add_argument("--ca", type=read_file)
     parser.add_argument("--api-key", default=os.environ.get("STARMESH_API_KEY", ""))
     parser.add_argument("address")
     parser.add_argument("prompt")
     return parser.parse_args()
+
+
+def read_file(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error.strerror}") from None
 
 
 def connect(address, ca):
@@ -51,7 +58,7 @@ def connect(address, ca):
     ]
     if ca is None:
         return grpc.insecure_channel(address, options)
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.read_bytes()), options)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca), options)
 
 
 def find_detail(error, message_type):
