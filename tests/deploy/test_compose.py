@@ -149,3 +149,8 @@ def test_the_image_has_no_root_and_gets_what_it_copies() -> None:
     for name in (name for names in copied for name in names.split()):
         assert f"!{name}" in allowed
         assert (compose.DEPLOY.parent / name).exists()
+
+
+def test_a_check_that_was_asked_wrongly_tries_nothing() -> None:
+    ran = subprocess.run([compose.DEPLOY / "check", "--tsl"], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.returncode, ran.stdout) == (2, "") and "--tsl" in ran.stderr
