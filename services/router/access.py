@@ -15,6 +15,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from services.router.metrics import RouterMetrics
 from starmesh.rpc.api_keys import ApiKeys, Scope
 from starmesh.rpc.guard import hold, refuse
 from starmesh.rpc.status import StatusError
@@ -36,8 +37,9 @@ _UNCOUNTED: Final = frozenset((_INFERENCE, method) for method in ("Generate", "G
 class KeyInterceptor(grpc.aio.ServerInterceptor):
     """Lets calls in that come with the key they need; each counts against its limits until it ends, a stream too."""
 
-    def __init__(self, keys: ApiKeys) -> None:
+    def __init__(self, keys: ApiKeys, metrics: RouterMetrics) -> None:
         self._keys = keys
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -57,28 +59,40 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             scope = _SCOPES[service]
             self._keys.check(sent, scope=scope)
         except StatusError as error:
+            self._metrics.refused_call(error.code.name)
             return refuse(error)
         if scope is None or (service, method) in _UNCOUNTED:
             return handler
-        return hold(handler, lambda _: self._keys.admit(sent, scope=scope))
+        return hold(handler, lambda _: self._admit(sent, scope))
+
+    def _admit(self, sent: str | None, scope: Scope) -> AbstractContextManager[object]:
+        with self._metrics.refused_calls_counted():
+            return self._keys.admit(sent, scope=scope)
 
 
 class Caller:
     """Who makes a call that has been let in, for handlers that tell callers apart or count for themselves."""
 
-    def __init__(self, keys: ApiKeys | None, metadata: Any) -> None:
+    def __init__(self, keys: ApiKeys | None, metadata: Any, metrics: RouterMetrics) -> None:
         """Without ``keys`` all callers are one, and nothing is counted."""
         self._keys = keys
+        self._metrics = metrics
         self._sent = authorization(metadata)
 
     @property
     def key_id(self) -> str:
         """The id of the caller's key, empty without keys. Raises StatusError when it has been revoked meanwhile."""
-        return "" if self._keys is None else self._keys.check(self._sent, scope=Scope.GENERATE)
+        if self._keys is None:
+            return ""
+        with self._metrics.refused_calls_counted():
+            return self._keys.check(self._sent, scope=Scope.GENERATE)
 
     def admit(self) -> AbstractContextManager[object]:
         """Count a request until the context ends. Raises StatusError beyond the limits of the key."""
-        return nullcontext() if self._keys is None else self._keys.admit(self._sent, scope=Scope.GENERATE)
+        if self._keys is None:
+            return nullcontext()
+        with self._metrics.refused_calls_counted():
+            return self._keys.admit(self._sent, scope=Scope.GENERATE)
 
 
 def authorization(metadata: Any) -> str | None:

@@ -52,6 +52,16 @@ class Away:
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def running(self) -> int:
+        """Those of them that have not ended."""
+        return len(self._running)
+
+    @property
+    def kept(self) -> int:
+        """Those whose answers are complete."""
+        return len(self._kept)
+
     def find(self, request_id: str) -> Entry | None:
         """The entry of that id, if its client is away."""
         return self._running.get(request_id) or self._kept.get(request_id)

@@ -38,6 +38,7 @@ class RouterMetrics:
         self._tokens = instruments.histogram(meter, router.REQUEST_TOKENS)
         self._requests = instruments.counter(meter, router.REQUESTS)
         self._active = instruments.up_down_counter(meter, router.ACTIVE_REQUESTS)
+        self._refused = instruments.counter(meter, router.REFUSED_CALLS)
         self._queue = instruments.histogram(meter, router.QUEUE_DURATION)
         self._recoveries = instruments.counter(meter, router.RECOVERIES)
         self.gaps: BucketCounts | None = None
@@ -46,9 +47,19 @@ class RouterMetrics:
             self.gaps = BucketCounts(router.INTER_TOKEN_LATENCY.buckets)
             metrics.show(router.INTER_TOKEN_LATENCY, self.gaps)
 
-    def watch(self, *, queued: Callable[[], int], view: Callable[[], ClusterView]) -> None:
-        """Show how many requests wait, and the instances in the last view of the ledger. Both are asked from any
-        thread."""
+    def watch(
+        self,
+        *,
+        queued: Callable[[], int],
+        running_away: Callable[[], int],
+        kept: Callable[[], int],
+        view: Callable[[], ClusterView],
+    ) -> None:
+        """Show how many requests wait, how many run or are kept while their client is away, and the instances in the
+        last view of the ledger. All are asked from any thread."""
+
+        def detached() -> list[tuple[float, instruments.Attributes]]:
+            return [(running_away(), {names.STATE: "running"}), (kept(), {names.STATE: "complete"})]
 
         def instances() -> list[tuple[float, instruments.Attributes]]:
             counts = Counter((found.info.role.value, found.info.state.value) for found in view().instances)
@@ -57,6 +68,7 @@ class RouterMetrics:
                 counts.setdefault((role, "ready"), 0)
             return [(count, {names.ROLE: role, names.STATE: state}) for (role, state), count in counts.items()]
 
+        instruments.gauge(self._meter, router.DETACHED_REQUESTS, detached)
         instruments.gauge(self._meter, router.QUEUED_REQUESTS, lambda: [(queued(), {})])
         instruments.gauge(self._meter, router.CLUSTER_INSTANCES, instances)
 
@@ -89,6 +101,20 @@ class RouterMetrics:
             yield
         except StatusError as error:
             self._end(error.code.name)
+            raise
+
+    def refused_call(self, error_type: str) -> None:
+        """A call was refused before it became a request: ``error_type`` is a status of gRPC's or HTTP's, and so one of
+        few."""
+        self._refused.add(1, {names.ERROR_TYPE: error_type})
+
+    @contextmanager
+    def refused_calls_counted(self) -> Iterator[None]:
+        """A StatusError within the context means that a call was refused before it became a request."""
+        try:
+            yield
+        except StatusError as error:
+            self.refused_call(error.code.name)
             raise
 
     def placed(self, duration_s: float, failure: NotPlaced | None) -> None:

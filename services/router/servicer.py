@@ -13,6 +13,7 @@ import grpc.aio
 from services.router.access import Caller
 from services.router.flight import Flight
 from services.router.many import ManyRequests
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.pieces import piece_pb
 from services.router.router import Router
@@ -34,6 +35,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         model: ServedModel,
         *,
         facts: Callable[[], ModelFacts],
+        metrics: RouterMetrics,
         max_stream_requests: int,
         keys: ApiKeys | None = None,
     ) -> None:
@@ -41,6 +43,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._router = router
         self._model = model
         self._facts = facts
+        self._metrics = metrics
         self._max_stream_requests = max_stream_requests
 
     async def Generate(  # noqa: N802 - gRPC's name
@@ -117,7 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield response
 
     def _caller(self, context: Context) -> Caller:
-        return Caller(self._keys, context.invocation_metadata())
+        return Caller(self._keys, context.invocation_metadata(), self._metrics)
 
     async def Cancel(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.CancelRequest, context: Context

@@ -60,7 +60,12 @@ class RouterProcess:
         self.watch = LedgerWatch(ledger, interval_s=settings.view_interval_s)
         instruments = RouterMetrics(metrics, model=model.name)
         self.dispatcher = Dispatcher(ledger, self.watch, settings, on_placed=instruments.placed)
-        instruments.watch(queued=lambda: self.dispatcher.queued_requests, view=lambda: self.watch.view)
+        instruments.watch(
+            queued=lambda: self.dispatcher.queued_requests,
+            running_away=lambda: self.router.away.running,
+            kept=lambda: self.router.away.kept,
+            view=lambda: self.watch.view,
+        )
         credentials = settings.load_credentials()
         self.keys = ApiKeys.load(settings.api_keys) if settings.api_keys is not None else None
         """Whom clients are known by; None: all are let in."""
@@ -69,6 +74,7 @@ class RouterProcess:
         self._settings = settings
         self._ledger = ledger
         self._model = model
+        self._metrics = instruments
         self._prefills = PrefillCalls(credentials)
         self._predictions = Predictions(
             self.watch.find_predictor,
@@ -109,12 +115,13 @@ class RouterProcess:
             allow_plaintext=settings.allow_plaintext,
             credentials=credentials,
             members_only=False,
-            interceptors=[] if self.keys is None else [KeyInterceptor(self.keys)],
+            interceptors=[] if self.keys is None else [KeyInterceptor(self.keys, instruments)],
         )
         inference = InferenceServicer(
             self.router,
             model,
             facts=lambda: model.facts(self.watch.view),
+            metrics=instruments,
             max_stream_requests=settings.max_stream_requests,
             keys=self.keys,
         )
@@ -215,6 +222,7 @@ class RouterProcess:
             model=self._model,
             watch=self.watch,
             frames=self.frames,
+            metrics=self._metrics,
             keys=self.keys,
         )
         return front_door(parts, credentials)

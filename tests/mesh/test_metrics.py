@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx2
 import pytest
 import yaml
 
@@ -22,6 +23,7 @@ from starmesh.types import Role
 from starmesh.v1 import cluster_pb2, inference_pb2
 from tests.mesh.processes import Mesh, until
 from tests.mesh.streams import Answer, generate, generate_all
+from tests.mesh.test_http import HTTP, url_of
 from tests.telemetry.pages import Seen, page_url, scrape
 from tests.telemetry.prometheus import Prometheus, running_prometheus
 
@@ -91,7 +93,7 @@ async def moved_sequences(mesh: Mesh) -> int:
 async def test_every_metric_is_shown_and_no_other(tmp_path: Path) -> None:
     async with Mesh(tmp_path, tmp_path) as mesh, running_prometheus(tmp_path) as prometheus:
         pages = Pages(mesh, prometheus)
-        await mesh.start_all(prefill=1, decode=1, flags=(*ENGINE, SMALL), router_flags=EMULATED)
+        await mesh.start_all(prefill=1, decode=1, flags=(*ENGINE, SMALL), router_flags=(*EMULATED, *HTTP))
         await mesh.start_predictor(*EMULATED, "--predictor", "oracle", "--queue", "2")
         await mesh.start("rescheduler", "rescheduler", *EMULATED, *ROUNDS)
         await pages.gather()
@@ -178,6 +180,8 @@ async def a_request_is_refused(mesh: Mesh) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await generate(mesh.inference(), inference_pb2.GenerateRequest(request_id="empty"))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with httpx2.AsyncClient(timeout=30) as http:
+        assert (await http.get(f"{url_of(mesh)}/nothing")).status_code == 404
 
 
 async def an_instance_dies(mesh: Mesh) -> None:
@@ -226,6 +230,7 @@ def the_rest_is_shown(pages: Pages) -> None:
     rescheduler, predictor = pages.seen[Role.RESCHEDULER], pages.seen[Role.PREDICTOR]
     assert router.total("starmesh_requests_total", starmesh_outcome="INVALID_ARGUMENT") >= 1
     assert router.total("starmesh_requests_total", starmesh_outcome="cancelled") >= 6
+    assert router.total("starmesh_refused_calls_total", error_type="404") >= 1
     assert router.total("starmesh_recoveries_total") >= 1
     moved = decode.total("starmesh_migrations_total", starmesh_migration_outcome="moved")
     assert decode.total("starmesh_migration_gap_seconds_count", starmesh_migration_outcome="moved") == moved

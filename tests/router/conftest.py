@@ -18,6 +18,7 @@ from starmesh.clock import WallClock
 from starmesh.ledger import LedgerUnavailable
 from starmesh.ledger.memory import MemoryLedger
 from starmesh.rpc.channels import open_channel
+from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.tokenizer import ModelTokenizer
 from starmesh.tokenizer.chat_template import ChatTemplate
 from starmesh.types import ClusterView
@@ -82,14 +83,17 @@ class Mesh:
         self.inference: inference_pb2_grpc.InferenceServiceAsyncStub
         self.cluster: cluster_pb2_grpc.ClusterServiceAsyncStub
 
-    async def start(self, *, prefills: int = 1, decodes: int = 1, **settings: Any) -> None:
+    async def start(
+        self, *, prefills: int = 1, decodes: int = 1, metrics: Metrics = NO_METRICS, **settings: Any
+    ) -> None:
         for _ in range(prefills):
             await self.add_prefill()
         for _ in range(decodes):
             await self.add_decode()
         defaults: dict[str, Any] = {"view_interval_s": 0.02, "lease_ttl_s": 0.6, "report_interval_s": 0.05}
         config = RouterSettings(_cli_parse_args=False, **(defaults | {"grace_s": 0.5} | settings))
-        self.process = await self._stack.enter_async_context(RouterProcess(config, self.ledger, letters_model()))
+        process = RouterProcess(config, self.ledger, letters_model(), metrics)
+        self.process = await self._stack.enter_async_context(process)
         if prefills and decodes:
             async with asyncio.timeout(TIMEOUT_S):
                 await self.process.watch.ready.wait()

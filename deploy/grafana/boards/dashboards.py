@@ -27,6 +27,7 @@ DASHBOARDS: Final = (
                     quantiles(router.INTER_TOKEN_LATENCY, (0.5, 0.99, 0.999), title="ITL"),
                     quantiles(router.REQUEST_DURATION, title="end to end"),
                     rate(router.REQUESTS, ("starmesh_outcome",), title="requests per second, by outcome"),
+                    rate(router.REFUSED_CALLS, ("error_type",), title="calls refused per second, by status"),
                     rate(instance.OUTPUT_TOKENS, (), 'job="decode"', title="output tokens per second"),
                 ),
             ),
@@ -35,6 +36,7 @@ DASHBOARDS: Final = (
                 (
                     level(router.ACTIVE_REQUESTS, (INSTANCE,), title="requests in flight"),
                     level(router.QUEUED_REQUESTS, (INSTANCE,), title="requests that wait for room"),
+                    level(router.DETACHED_REQUESTS, ("starmesh_state",), title="requests whose client is away"),
                     quantiles(router.QUEUE_DURATION, title="wait for dispatch"),
                     quantile(router.REQUEST_TOKENS, 0.5, ("gen_ai_token_type",), title="median tokens of a request"),
                     quantile(router.REQUEST_TOKENS, 0.99, ("gen_ai_token_type",), title="P99 of tokens of a request"),

@@ -26,7 +26,7 @@ def create_app(parts: HttpParts, *, loopback: bool) -> FastAPI:
     settings = parts.settings
     middleware = [Middleware(InternalErrors)]
     if loopback and parts.keys is None:
-        middleware.append(Middleware(LoopbackNames))
+        middleware.append(Middleware(LoopbackNames, refused=parts.metrics.refused_call))
     if origins := [origin.strip() for origin in settings.http_allow_origins.split(",") if origin.strip()]:
         middleware.append(
             Middleware(
@@ -56,7 +56,7 @@ def create_app(parts: HttpParts, *, loopback: bool) -> FastAPI:
             "auto_configure": False,
         },
     )
-    answer_in_openai_shape(app)
+    answer_in_openai_shape(app, refused=parts.metrics.refused_call)
     door = Door(parts.keys)
     app.include_router(generation_routes(parts, door))
     app.include_router(model_routes(parts, door))

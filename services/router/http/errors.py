@@ -141,32 +141,39 @@ def respond(error: RequestRefused, *, request_id: str = "") -> Response:
     )
 
 
-def answer_in_openai_shape(app: FastAPI) -> None:
-    """Register handlers for all that routes raise and for what HTTP itself refuses."""
+def answer_in_openai_shape(app: FastAPI, *, refused: Callable[[str], None]) -> None:
+    """Register handlers for all that routes raise and for what HTTP itself refuses. ``refused`` counts, by status, what
+    has not become a request of the router's, which counts those itself."""
+
+    def answer(request: Request, error: RequestRefused) -> Response:
+        request_id = str(getattr(request.state, "request_id", ""))
+        if not request_id:
+            refused(str(error.status))
+        return respond(error, request_id=request_id)
 
     async def on_refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestRefused)
-        return respond(error, request_id=_id_of(request))
+        return answer(request, error)
 
     async def on_status(request: Request, error: Exception) -> Response:
         assert isinstance(error, StatusError)
-        return respond(from_status(error), request_id=_id_of(request))
+        return answer(request, from_status(error))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         found = error.errors()[0]
-        return respond(_from_problem({**found, "loc": found["loc"][1:]}))  # without "query" or "path"
+        return answer(request, _from_problem({**found, "loc": found["loc"][1:]}))  # without "query" or "path"
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
             message = f"there is nothing to {request.method} at this path; /openapi.json has all there is"
-            refused = invalid(None, message, "unknown_url", status=404)
+            found = invalid(None, message, "unknown_url", status=404)
         elif error.status_code == 405:
-            refused = invalid(None, f"{request.method} is not allowed here", "method_not_allowed", status=405)
+            found = invalid(None, f"{request.method} is not allowed here", "method_not_allowed", status=405)
         else:
-            refused = invalid(None, str(error.detail), "http_error", status=error.status_code)
-        response = respond(refused)
+            found = invalid(None, str(error.detail), "http_error", status=error.status_code)
+        response = answer(request, found)
         response.headers.update(error.headers or {})
         return response
 
@@ -198,10 +205,6 @@ class InternalErrors:
             refused = internal(f"{scope.get('method', '')} {scope.get('path', '')}", error)
             if not started:
                 await respond(refused)(scope, receive, send)
-
-
-def _id_of(request: Request) -> str:
-    return str(getattr(request.state, "request_id", ""))
 
 
 def _path(location: Sequence[int | str]) -> str:

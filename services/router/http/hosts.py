@@ -6,6 +6,8 @@ are API keys it has none, and beyond loopback the operator says who may call: th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,8 +18,10 @@ from starmesh.rpc.server import is_loopback
 class LoopbackNames:
     """Middleware that refuses requests for any other host."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, refused: Callable[[str], None]) -> None:
+        """``refused`` counts, by status."""
         self._app = app
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_loopback(_without_port(Headers(scope=scope).get("host", ""))):
@@ -28,6 +32,7 @@ class LoopbackNames:
                 "host_not_allowed",
                 status=403,
             )
+            self._refused(str(refused.status))
             await respond(refused)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from services.router.cluster_frames import ClusterFrames
 from services.router.config import RouterSettings
 from services.router.ledger_watch import LedgerWatch
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.router import Router
 from starmesh.rpc.api_keys import ApiKeys
@@ -22,6 +23,7 @@ class HttpParts:
     model: ServedModel
     watch: LedgerWatch
     frames: ClusterFrames
+    metrics: RouterMetrics
     keys: ApiKeys | None = None
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970; what OpenAI's clients are told the model was made at."""

@@ -63,12 +63,29 @@ REQUESTS = Metric(
     roles=_ROLES,
     attributes=(names.OUTCOME,),
 )
+REFUSED_CALLS = Metric(
+    name="starmesh.refused_calls",
+    kind=Kind.COUNTER,
+    unit="{call}",
+    description="Calls that never became requests: kept out by their API key or, over HTTP, refused as they came. "
+    "error.type is gRPC's name of the status, or HTTP's number.",
+    roles=_ROLES,
+    attributes=(names.ERROR_TYPE,),
+)
 ACTIVE_REQUESTS = Metric(
     name="starmesh.requests.active",
     kind=Kind.UP_DOWN_COUNTER,
     unit="{request}",
     description="Requests in flight, waiting ones included.",
     roles=_ROLES,
+)
+DETACHED_REQUESTS = Metric(
+    name="starmesh.requests.detached",
+    kind=Kind.GAUGE,
+    unit="{request}",
+    description="Requests whose client is away and may resume them: running ones, and complete answers that are kept.",
+    roles=_ROLES,
+    attributes=(names.STATE,),
 )
 QUEUED_REQUESTS = Metric(
     name="starmesh.requests.queued",

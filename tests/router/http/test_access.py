@@ -95,6 +95,7 @@ async def test_https_follows_its_certificate(front: HttpMesh, tmp_path: Path) ->
         model=process._model,
         watch=process.watch,
         frames=process.frames,
+        metrics=process._metrics,
     )
     server = front_door(parts, credentials)
     address = await server.start()

@@ -40,7 +40,7 @@ class Scripted:
 async def served(frames: Scripted, keys: ApiKeys | None = None) -> AsyncIterator[str]:
     """The origin of a server of nothing but the live page."""
     app = FastAPI(openapi_url=None)
-    answer_in_openai_shape(app)
+    answer_in_openai_shape(app, refused=lambda status: None)
     app.include_router(live_routes(cast(ClusterFrames, frames), keys))
     server = HttpServer(app, host="127.0.0.1", port=0)
     origin = f"http://{await server.start()}"
