@@ -33,14 +33,19 @@ class Caller:
         self._admissions = admissions
         self._admit()
 
+    def count(self, requests: int) -> None:
+        """Count all that it asks for against the key. Raises StatusError when they are more than it may have."""
+        for _ in range(requests - 1):  # the first was counted as it came
+            self._admit()
+
     def _admit(self) -> None:
         if self._keys is not None:
             admission = self._keys.admit(self._request.headers.get("authorization"), scope=Scope.GENERATE)
             self.key_id = self._admissions.enter_context(admission).key_id
 
     def name(self, wanted: str | None, requests: Sequence[inference_pb2.GenerateRequest]) -> str:
-        """Name the requests behind this one, by the body's ``wanted``, else by the header, else by chance; and count
-        all of them against the key. Returns the name."""
+        """Name the requests behind this one, by the body's ``wanted``, else by the header, else by chance. Returns
+        the name. Raises RequestRefused for one that cannot be."""
         header = self._request.headers.get(REQUEST_ID_HEADER, "")
         name = wanted if wanted is not None else header or secrets.token_hex(12)
         for index, request in enumerate(requests):
@@ -50,8 +55,6 @@ class Caller:
             except StatusError as error:
                 param = "request_id" if wanted is not None else "X-Request-Id"
                 raise invalid(param, error.message.partition(": ")[2]) from None
-            if index:
-                self._admit()
         # For errors: those before this point have no name to find them by.
         self._request.state.request_id = name
         return name

@@ -57,14 +57,16 @@ class CompletionRequest(GenerationFields):
         "token_ids.token_ids": "prompt",
     }
 
+    def count(self) -> int:
+        count = len(self._prompts()) * self.choices
+        if count > MAX_CHOICES:
+            raise invalid("n", f"asks for {count} answers with these prompts; {MAX_CHOICES} at most")
+        return count
+
     def requests(self) -> list[inference_pb2.GenerateRequest]:
         """A request to the router for each choice, without ids: all of the first prompt, then all of the second, and so
-        on, as OpenAI numbers them. Raises RequestRefused for too many."""
+        on, as OpenAI numbers them."""
         prompts = self._prompts()
-        if len(prompts) * self.choices > MAX_CHOICES:
-            raise invalid(
-                "n", f"asks for {len(prompts) * self.choices} answers with these prompts; {MAX_CHOICES} at most"
-            )
         limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         requests = []
         for prompt in prompts:

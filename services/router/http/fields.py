@@ -87,6 +87,11 @@ class GenerationFields(BaseModel):
         """Answers to make for each prompt."""
         return self.n or 1
 
+    def count(self) -> int:
+        """Requests to the router that it asks for; nothing of the prompt is copied before they are known to be few.
+        Raises RequestRefused for too many."""
+        return self.choices
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream is to end with the usage."""

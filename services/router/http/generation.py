@@ -72,6 +72,8 @@ def generation_routes(parts: HttpParts, door: Door) -> APIRouter:
 def _respond(
     parts: HttpParts, caller: Caller, body: ChatRequest | CompletionRequest, make_format: Callable[..., Format]
 ) -> Response:
+    # Before the prompt is copied for each of them.
+    caller.count(body.count())
     requests = body.requests()
     request_id = caller.name(body.request_id, requests)
     if not body.stream:

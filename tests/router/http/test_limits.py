@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.router.http import body, connection
 from services.router.http.body import MAX_BODY_BYTES, BodyReader
+from services.router.http.fields import GenerationFields
+from starmesh.rpc.key_file import ApiKey, Scope, digest_of, new_secret, write_keys
+from starmesh.v1 import inference_pb2
 from tests.router.conftest import TIMEOUT_S, until
 from tests.router.http.conftest import HttpMesh
 
@@ -172,6 +176,40 @@ async def test_pipelined_requests_are_answered_in_turn(front: HttpMesh) -> None:
     for _ in range(3):
         assert await asyncio.wait_for(reader.readuntil(b'{"status":"serving"}'), TIMEOUT_S)
     writer.close()
+
+
+async def test_a_long_prompt_is_not_copied_for_more_answers_than_there_may_be(
+    front: HttpMesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither beyond our bound nor beyond that of the key."""
+    secret = new_secret()
+    limited = ApiKey(key_id="few", sha256=digest_of(secret), scopes=frozenset({Scope.GENERATE}), max_requests=2)
+    write_keys(tmp_path / "keys", (limited,))
+    await front.start(api_keys=tmp_path / "keys")
+    made: list[int] = []
+    make = GenerationFields.base_request
+
+    def counted(fields: GenerationFields, **options: Any) -> inference_pb2.GenerateRequest:
+        made.append(1)
+        return make(fields, **options)
+
+    monkeypatch.setattr(GenerationFields, "base_request", counted)
+    text = "x" * 1_000_000
+
+    async def status(path: str, **fields: Any) -> int:
+        headers = {"authorization": f"Bearer {secret}"}
+        return (await front.http.post(f"/v1/{path}", json=fields, headers=headers)).status_code
+
+    messages = [{"role": "user", "content": text}]
+    assert await status("chat/completions", messages=messages, n=17) == 400
+    assert await status("completions", prompt=text, n=17) == 400
+    assert await status("completions", prompt=[text, "y"], n=9) == 400
+    assert await status("chat/completions", messages=messages, n=3) == 429
+    assert await status("completions", prompt=[text, "y"], n=2) == 429
+    assert not made
+    assert await status("completions", prompt="y", n=2, max_tokens=5) == 200
+    assert len(made) == 2
+    await front.nothing_left()
 
 
 def test_the_bounds_fit_each_other() -> None:

@@ -165,7 +165,7 @@ def test_what_a_completion_may_not_ask(fields: dict[str, Any], param: str) -> No
 
 def test_prompts_times_choices_are_bounded() -> None:
     with pytest.raises(RequestRefused, match="n: asks for 18"):
-        completion(prompt=["a"] * 9, n=2).requests()
+        completion(prompt=["a"] * 9, n=2).count()
 
 
 def test_neutral_values_of_refused_fields_are_taken() -> None:
