@@ -100,8 +100,8 @@ class ServiceSettings(BaseSettings):
     def _ledger_encrypted(cls, value: str, info: ValidationInfo) -> str:
         if not info.data.get("allow_plaintext") and not is_encrypted(value):
             raise ValueError(
-                "is beyond loopback and not encrypted; use rediss://, or pass --allow-plaintext on a network that you "
-                "trust"
+                "is beyond loopback and not encrypted; use rediss://, or pass --allow-plaintext (or set "
+                "STARMESH_ALLOW_PLAINTEXT=true) on a network that you trust"
             )
         return value
 
