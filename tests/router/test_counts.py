@@ -132,6 +132,15 @@ async def test_a_name_that_is_not_loopbacks_is_counted(front: HttpMesh, metrics:
     assert await refused(metrics) == {"403": 1}
 
 
+async def test_what_is_no_http_is_counted(front: HttpMesh, metrics: Metrics) -> None:
+    await front.start(metrics=metrics)
+    reader, writer = await asyncio.open_connection(*front.url.removeprefix("http://").split(":"))
+    writer.write(b"what is no HTTP\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), TIMEOUT_S)).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    assert await refused(metrics) == {"400": 1}
+
+
 async def test_requests_whose_client_is_away_are_shown(mesh: Mesh, metrics: Metrics) -> None:
     await mesh.start(metrics=metrics)
     mesh.decodes[0].pause_after = 3

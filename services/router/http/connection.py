@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Final
 
 import h11
@@ -31,6 +32,9 @@ class BoundedConnection(H11Protocol):
 
     max_connections = MAX_CONNECTIONS
     head_s = HEAD_S
+    refused: Callable[[str], None] | None = None
+    """Counts, by status, what is refused here: an attribute of a class made for one server, as uvicorn makes the
+    connections."""
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
@@ -78,6 +82,8 @@ class BoundedConnection(H11Protocol):
             # Within an answer, or after one: there is no place for another.
             self.transport.abort()
             return
+        if self.refused is not None:
+            self.refused(str(status))
         kind = "invalid_request_error" if status < 500 else "server_error"
         body = ErrorBody(error=ErrorDetail(message=message, type=kind, code=code)).model_dump_json().encode()
         headers = [

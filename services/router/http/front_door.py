@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.router.http.app import create_app
+from services.router.http.connection import BoundedConnection
 from services.router.http.parts import HttpParts
 from services.router.http.server import HttpServer
 from starmesh.rpc.credentials import Credentials
@@ -15,9 +16,14 @@ def front_door(parts: HttpParts, credentials: Credentials | None) -> HttpServer:
     address that is none."""
     listen = parts.settings.http_listen
     host, port = check_listen(listen, allow_plaintext=credentials is not None or parts.settings.allow_plaintext)
+
+    class Connection(BoundedConnection):
+        refused = staticmethod(parts.metrics.refused_call)
+
     return HttpServer(
         create_app(parts, loopback=is_loopback(listen)),
         host=host,
         port=port,
         tls=None if credentials is None else credentials.for_https(),
+        connection=Connection,
     )
