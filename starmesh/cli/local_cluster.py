@@ -89,6 +89,7 @@ class ClusterPlan:
                     *own_flags.get(role, ()),
                 ),
                 metrics_address=metrics_address(self.metrics_port, place) if self.metrics_port else "",
+                outer_ledger=bool(self.ledger),
             )
             for place, (role, number) in enumerate(
                 (role, number) for role, count in counts.items() for number in range(count)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,10 @@ _NOT_PASSED_ON = frozenset(
     {
         *("STARMESH_TLS_CERT", "STARMESH_TLS_KEY", "STARMESH_TLS_CA", "STARMESH_TLS_SERVER_NAME"),
         *("STARMESH_API_KEY", "STARMESH_API_KEY_FILE", "STARMESH_API_KEYS"),
+        *("STARMESH_ADVERTISE", "STARMESH_HTTP_LISTEN", "STARMESH_METRICS_LISTEN"),
     }
 )
+_OF_A_LEDGER = frozenset({"STARMESH_LEDGER_PASSWORD_FILE", "STARMESH_LEDGER_CA"})
 _POLL_S = 0.1
 _TAIL_BYTES = 16 * 1024
 
@@ -42,8 +45,9 @@ if os.getppid() == int(sys.argv[1]):
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
     """What to start: ``python -m services.ROLE`` with flags. ``ledger`` goes by the environment, since its url may
-    hold a password and anyone can read the arguments of a process. ``module`` is run instead of ``services.ROLE`` where
-    it is given, and metrics are shown at ``metrics_address``, HOST:PORT, if it is."""
+    hold a password and anyone can read the arguments of a process; a password file and a CA that our own environment
+    names are for an ``outer_ledger`` only, which was not started here. ``module`` is run instead of ``services.ROLE``
+    where it is given, and metrics are shown at ``metrics_address``, HOST:PORT, if it is."""
 
     instance_id: str
     role: str
@@ -51,6 +55,12 @@ class ServiceSpec:
     flags: tuple[str, ...]
     module: str = ""
     metrics_address: str = ""
+    outer_ledger: bool = False
+
+    def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
+        """What the service gets of ``ours``."""
+        withheld = _NOT_PASSED_ON if self.outer_ledger else _NOT_PASSED_ON | _OF_A_LEDGER
+        return {name: value for name, value in ours.items() if name not in withheld} | {"STARMESH_LEDGER": self.ledger}
 
 
 class ServiceProcess:
@@ -111,10 +121,7 @@ class ServiceProcess:
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
-                env={
-                    **{name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON},
-                    "STARMESH_LEDGER": self.spec.ledger,
-                },
+                env=self.spec.environment(os.environ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

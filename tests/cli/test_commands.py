@@ -280,3 +280,17 @@ def test_a_predictor_file_and_directories_are_named_from_where_the_user_is(
     )
     assert Predicting(predictor="linear-3", collect_max_mib=7).flags == ("--predictor", "linear-3")
     assert Predicting().flags == ()
+
+
+def test_what_is_set_for_other_services_does_not_reach_those_of_a_local_cluster() -> None:
+    """As in a container of a service, or in the shell of somebody who has a cluster elsewhere."""
+    names = ("TLS_CA", "API_KEYS", "ADVERTISE", "HTTP_LISTEN", "METRICS_LISTEN", "LEDGER_PASSWORD_FILE", "LEDGER_CA")
+    for_others = dict.fromkeys((f"STARMESH_{name}" for name in names), "elsewhere")
+    ours = {"PATH": "/bin", "STARMESH_LEDGER": "redis://elsewhere"} | for_others
+    plan = ClusterPlan(model=None, run_directory=Path("run"))
+    for spec in plan.services("unix:///socket"):
+        assert spec.environment(ours) == {"PATH": "/bin", "STARMESH_LEDGER": "unix:///socket"}
+    outer = dataclasses.replace(plan, ledger="rediss://outer")
+    for spec in outer.services(outer.ledger):
+        passed_on = spec.environment(ours)
+        assert passed_on["STARMESH_LEDGER_PASSWORD_FILE"] == passed_on["STARMESH_LEDGER_CA"] == "elsewhere"
