@@ -82,8 +82,9 @@ class Limits:
     move while the sequence stands still, so this is the gap that clients see; 2 is some 5 ms at 1 GB/s for the default
     model, less than a step. ``max_rounds`` ends the chase of a sequence that grows faster than it is copied.
     ``headroom_blocks``, and ``headroom_share`` of its own blocks, are reserved beyond what the sequence has at first:
-    growth until the commit. The share is for long sequences over slow links, whose copies take long: 1/32 of 32,768
-    tokens are 1,024, some 20 s of decoding.
+    growth until the commit. The share is for slow links: alone on an instance, a sequence of a 7B model on an H100
+    grows at 9.5 MB/s (166 tokens/s of 57 KB), 1/13 of what 1 Gb/s carries meanwhile, and 1/8 leaves room for others'
+    transfers. With 1/32 nine in ten moves over such links failed (docs/results.md).
 
     Seconds: ``reserve_s``, ``round_s``, ``freeze_s`` and ``commit_s`` bound the source's waits for one answer,
     ``take_back_s`` its whole attempt to learn from the ledger what became of a commit. ``idle_s`` bounds the target's
@@ -94,7 +95,7 @@ class Limits:
     tail_blocks: int = 2
     max_rounds: int = 8
     headroom_blocks: int = 4
-    headroom_share: float = 1 / 32
+    headroom_share: float = 1 / 8
     reserve_s: float = 2.0
     round_s: float = 30.0
     freeze_s: float = 5.0

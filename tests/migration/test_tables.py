@@ -168,8 +168,8 @@ def test_every_wait_is_bounded() -> None:
 
 def test_a_round_copies_what_the_last_one_left() -> None:
     end, effects = source.begin(TERMS, LIMITS, blocks=10, now_s=NOW_S)
-    assert effects == (se.Reserve(14), se.StartTimer(NOW_S + LIMITS.reserve_s))
-    end, effects = source.advance(end, sr.Reserved(14, (5, 6, 7, 8)), NOW_S)
+    assert effects == (se.Reserve(15), se.StartTimer(NOW_S + LIMITS.reserve_s))
+    end, effects = source.advance(end, sr.Reserved(15, (5, 6, 7, 8)), NOW_S)
     assert effects[0] == se.Copy(1, 0, (5, 6, 7, 8))
     end, effects = source.advance(end, sr.Copied((5, 6, 7, 8, 1, 2, 3)), NOW_S)
     assert effects[0] == se.Copy(2, 4, (1, 2, 3))
@@ -268,7 +268,7 @@ def test_a_router_that_came_early_is_served_at_the_commit() -> None:
     assert te.ServeRouter() in effects
 
 
-@pytest.mark.parametrize(("blocks", "reserved"), [(1, 5), (31, 35), (64, 70), (2048, 2116)])
+@pytest.mark.parametrize(("blocks", "reserved"), [(1, 5), (31, 38), (64, 76), (2048, 2308)])
 def test_a_long_sequence_reserves_more_headroom_for_its_longer_copy(blocks: int, reserved: int) -> None:
     end, _ = source.begin(TERMS, LIMITS, blocks=blocks, now_s=NOW_S)
     assert end.reserved_blocks == reserved
