@@ -109,7 +109,9 @@ async def test_a_client_that_does_not_read_its_failures_is_not_read_from(mesh: M
             sent += 1
             yield inference_pb2.GenerateManyRequest()
 
-    many = ManyRequests(mesh.process.router, Caller(None, (), mesh.process._metrics), max_requests=4, timeout_s=None, parent=Context())
+    many = ManyRequests(
+        mesh.process.router, Caller(None, (), mesh.process._metrics), max_requests=4, timeout_s=None, parent=Context()
+    )
     told = 0
     async with many:
         async for response in many.run(requests()):
@@ -124,7 +126,9 @@ async def test_nothing_begins_once_the_client_has_left(mesh: Mesh) -> None:
     async def requests() -> AsyncIterator[inference_pb2.GenerateManyRequest]:
         yield inference_pb2.GenerateManyRequest(generate=generate_request(request_id="late"))
 
-    many = ManyRequests(mesh.process.router, Caller(None, (), mesh.process._metrics), max_requests=4, timeout_s=None, parent=Context())
+    many = ManyRequests(
+        mesh.process.router, Caller(None, (), mesh.process._metrics), max_requests=4, timeout_s=None, parent=Context()
+    )
     many.close()
     assert [response async for response in many.run(requests())] == []
     assert mesh.process.router.active_requests == 0
