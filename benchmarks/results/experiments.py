@@ -140,7 +140,7 @@ def experiments(effort: Effort) -> tuple[Experiment, ...]:
             rate_per_instance,
             tuple(
                 dataclasses.replace(config, slos=(Slo(10.0, 0.03), Slo(60.0, 0.05)))
-                for config in runs((*VLLM, *STATIC, *pair), (0.01, 0.014), profile=load_profile("rtx4090-7b"), time=4.0)
+                for config in runs((*VLLM, *STATIC, *pair), (0.01,), profile=load_profile("rtx4090-7b"), time=4.0)
             ),
         ),
         Experiment(
