@@ -72,7 +72,7 @@ class Emulating:
     @property
     def description(self) -> str:
         """What people are told of it."""
-        pace = "" if self.speed == 1 else f", with times {self.speed:g} times shorter than its"
+        pace = "" if self.speed == 1 else f" at {self.speed:g} times its pace"
         return f"no model runs: this emulates {self.profile}{pace}"
 
     def check(self, predicting: Predicting) -> None:

@@ -124,7 +124,11 @@ def failing(code: grpc.StatusCode) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "code", [grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED]
+    "code",
+    [
+        *(grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE),
+        *(grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
 )
 async def test_a_predictor_that_is_not_there_leaves_its_line_out(code: grpc.StatusCode) -> None:
     router = failing(code)
