@@ -64,7 +64,7 @@ async def look_at_predictor(router: RouterClient) -> cluster_pb2.GetClusterPredi
             cluster_pb2.GetClusterPredictorRequest(), timeout=_LOOK_TIMEOUT_S
         )
     except grpc.aio.AioRpcError as error:
-        # UNIMPLEMENTED: a router older than this command. RESOURCE_EXHAUSTED: an API key whose limits the view itself uses.
+        # UNIMPLEMENTED: a router older than this command. RESOURCE_EXHAUSTED: the view itself uses up its key's limits.
         absent = (
             *(grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED),
             *(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED),
