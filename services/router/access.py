@@ -30,8 +30,11 @@ _SCOPES: Final[dict[str, Scope | None]] = {
     reflection.SERVICE_NAME: None,  # any key
 }
 # Generate and GenerateMany count each request for as long as it runs, which may be longer than the call. A client that
-# has all its requests running can still resume or cancel one.
-_UNCOUNTED: Final = frozenset((_INFERENCE, method) for method in ("Generate", "GenerateMany", "Resume", "Cancel"))
+# has all its requests running can still resume or cancel one. Asking for the model before each request, as `starmesh
+# generate` does, must not halve what a key allows.
+_UNCOUNTED: Final = frozenset(
+    (_INFERENCE, method) for method in ("Generate", "GenerateMany", "Resume", "Cancel", "GetModel")
+)
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

@@ -54,7 +54,7 @@ def check_listen(listen: str, *, allow_plaintext: bool) -> tuple[str, int]:
     if not allow_plaintext and not _is_loopback(host):
         raise ValueError(
             f"{listen} is not a loopback address and the page is not encrypted; "
-            "use 127.0.0.1, or pass --allow-plaintext on a network that you trust"
+            "use 127.0.0.1, or --allow-plaintext on a network that you trust (HTTP of a router with TLS is encrypted)"
         )
     return host.strip("[]"), int(port)
 
