@@ -54,13 +54,15 @@ async def ended(metrics: Metrics) -> dict[str, float]:
 def write(directory: Path) -> dict[str, str]:
     """A file of keys. Returns the secret of each."""
     secrets = {"good": new_secret(), "busy": new_secret(), "old": new_secret()}
-    special: dict[str, Any] = {"busy": {"max_requests": 1}, "old": {"expires": datetime.now(UTC) - timedelta(1)}}
+    generate = frozenset({Scope.GENERATE})
+    special: dict[str, dict[str, Any]] = {
+        "good": {"scopes": generate},
+        "busy": {"scopes": frozenset(Scope), "max_requests": 1},
+        "old": {"scopes": generate, "expires": datetime.now(UTC) - timedelta(1)},
+    }
     write_keys(
         directory / "keys",
-        tuple(
-            ApiKey(key_id=name, sha256=digest_of(secret), scopes=frozenset({Scope.GENERATE}), **special.get(name, {}))
-            for name, secret in secrets.items()
-        ),
+        tuple(ApiKey(key_id=name, sha256=digest_of(secret), **special[name]) for name, secret in secrets.items()),
     )
     return secrets
 
@@ -91,7 +93,9 @@ async def test_calls_that_their_key_keeps_out_are_counted(mesh: Mesh, metrics: M
     running = mesh.inference.Generate(generate_request(), timeout=TIMEOUT_S, metadata=busy)
     messages = aiter(running)
     first = await anext(messages)
-    assert await code_of(mesh.inference.GetModel(model, metadata=busy)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await mesh.inference.GetModel(model, metadata=busy)).model, "asking for the model costs nothing"
+    instances = mesh.cluster.ListInstances(cluster_pb2.ListInstancesRequest(), metadata=busy)
+    assert await code_of(instances) is grpc.StatusCode.RESOURCE_EXHAUSTED
     another = mesh.inference.Generate(generate_request(), timeout=TIMEOUT_S, metadata=busy)
     assert await code_of(another.read()) is grpc.StatusCode.RESOURCE_EXHAUSTED
     mesh.decodes[0].resume()
