@@ -71,7 +71,6 @@ def test_a_migration_without_faults_moves_the_sequence_and_its_tokens() -> None:
     assert world.requests["q0"].stream.epoch == world.entries["q0"].epoch
 
 
-@pytest.mark.fast
 def test_every_fault_at_every_point_of_a_migration() -> None:
     """One fault each, of every kind there is at that point; then the network heals."""
     met: set[str] = set()
@@ -93,7 +92,6 @@ def test_every_fault_at_every_point_of_a_migration() -> None:
     assert {"NoAnswer -> TAKING_BACK", "OwnerIs -> MOVED", "OwnerIs -> STAYED", "AbortAsked -> STOPPING"} <= met
 
 
-@pytest.mark.fast
 def test_two_faults_during_a_migration() -> None:
     """A fault of every kind at every point, and another one a little later."""
     draw = random.Random(11)

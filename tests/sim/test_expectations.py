@@ -12,8 +12,6 @@ from starmesh.sim.run import run_simulation
 from starmesh.sim.strategies import STRATEGIES
 from starmesh.sim.workload import WorkloadConfig
 
-pytestmark = pytest.mark.fast
-
 SCARCE = SimulationConfig(
     profile=load_profile("h100-7b").with_memory(8_000),
     strategy=dataclasses.replace(STRATEGIES["least_tokens"], name="oracle", predictor="oracle"),
@@ -24,6 +22,7 @@ SCARCE = SimulationConfig(
 )
 
 
+@pytest.mark.fast
 def test_engines_that_know_ends_preempt_less_and_everything_ends() -> None:
     found = run_simulation(SCARCE)
     blind = run_simulation(dataclasses.replace(SCARCE, strategy=STRATEGIES["least_tokens"]))
