@@ -108,7 +108,7 @@ async def test_a_sequence_that_is_not_wanted_any_more_ends_at_both_ends(stage: s
 @pytest.mark.parametrize("stage", ["reserve", "copy", "freeze"])
 async def test_a_sequence_that_finishes_meanwhile_ends_at_both_ends(stage: str) -> None:
     async with running_cluster() as cluster:
-        request = await cluster.router.start(spec(limit=40), "A")
+        request = await cluster.router.start(spec(limit=400), "A")
         stages = Stages(cluster, stage)
         migration = await stages.begin()
         cluster.hurry()

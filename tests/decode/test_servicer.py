@@ -21,7 +21,7 @@ from starmesh.rpc.channels import open_channel
 from starmesh.rpc.status import from_rpc_error
 from starmesh.types import Role
 from starmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sequence_pb2
-from tests.instance.running import PATIENCE_S, Running, running_instance, spec
+from tests.instance.running import PATIENCE_S, Running, running_instance, spec, until
 
 
 def serving_prefill(instance: Instance) -> PrefillWorker:
@@ -46,6 +46,10 @@ def address(running: Running) -> str:
 
 async def _read_one(call: grpc.aio.StreamStreamCall) -> None:
     assert (await call.read()).outputs
+
+
+async def _nothing_runs(decode: Running) -> bool:
+    return not decode.worker._running and not decode.worker._freeing
 
 
 async def _read_nothing(call: grpc.aio.StreamStreamCall) -> None:
@@ -79,8 +83,8 @@ async def test_the_end_of_a_stream_frees_all_that_ran_on_it(
             await call.done_writing()
             while await call.read():
                 pass
+        await until(lambda: _nothing_runs(decode))
         await decode.nothing_left()
-        assert not decode.worker._running
         for name in "abcd":  # what was cut before its pull
             prefill.instance.revoke_lease(name, 1)
             await prefill.instance.engine.call(lambda core, name=name: core.cancel(name))

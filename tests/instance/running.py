@@ -7,8 +7,8 @@ too early or not at all changes the tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,18 @@ class Running:
         """Stop as SIGTERM does, and wait for the end. Fails when it hangs."""
         self._stop.set()
         await asyncio.wait_for(asyncio.shield(self.task), PATIENCE_S)
+
+    @contextmanager
+    def no_steps(self) -> Iterator[None]:
+        """The engine takes calls but makes no step, once the one that it may be in is over."""
+        engine = self.instance.engine
+        limit, engine._max_pending_outputs = engine._max_pending_outputs, 0
+        try:
+            yield
+        finally:
+            with engine._changed:
+                engine._max_pending_outputs = limit
+                engine._changed.notify()
 
     async def nothing_left(self) -> None:
         """Wait until no block, lease or sequence is left."""
