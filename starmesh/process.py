@@ -23,7 +23,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from starmesh.ledger.limits import check_cluster, check_ids
 from starmesh.ledger.redis import RedisLedger, is_encrypted
 from starmesh.rpc.credentials import MESH_NAME, Credentials
-from starmesh.telemetry.metrics import Metrics, check_listen, open_metrics
+from starmesh.telemetry import instruments
+from starmesh.telemetry.metrics import NO_METRICS, Metrics, check_listen, open_metrics
+from starmesh.telemetry.registry import tls
 from starmesh.telemetry.setup import TelemetryConfigError, setup_logging, setup_tracing
 
 log = logging.getLogger(__name__)
@@ -113,11 +115,14 @@ class ServiceSettings(BaseSettings):
             raise ValueError(f"needed with --listen {listen}: HOST:PORT that others reach this process at")
         return value
 
-    def load_credentials(self) -> Credentials | None:
-        """What it proves with who it is, and knows other services by; None for plaintext. Raises TlsError."""
+    def load_credentials(self, metrics: Metrics = NO_METRICS) -> Credentials | None:
+        """What it proves with who it is, and knows other services by; None for plaintext. ``metrics`` shows until when.
+        Raises TlsError."""
         if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
             return None
-        return Credentials.load(self.tls_cert, self.tls_key, self.tls_ca, server_name=self.tls_server_name)
+        loaded = Credentials.load(self.tls_cert, self.tls_key, self.tls_ca, server_name=self.tls_server_name)
+        instruments.gauge(metrics.meter, tls.CERTIFICATE_EXPIRES, lambda: [(loaded.expires_s, {})])
+        return loaded
 
     def open_ledger(self) -> RedisLedger:
         """The ledger, not connected yet. Raises LedgerError for what cannot be understood or read."""

@@ -66,7 +66,7 @@ class RouterProcess:
             kept=lambda: self.router.away.kept,
             view=lambda: self.watch.view,
         )
-        credentials = settings.load_credentials()
+        credentials = settings.load_credentials(metrics)
         self.keys = ApiKeys.load(settings.api_keys) if settings.api_keys is not None else None
         """Whom clients are known by; None: all are let in."""
         self.links = DecodeLinks(self.watch.find, credentials)

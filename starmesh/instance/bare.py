@@ -51,7 +51,7 @@ async def open_bare(
     async def load() -> InstanceLoad:
         return _NO_BLOCKS
 
-    credentials = settings.load_credentials()
+    credentials = settings.load_credentials(metrics)
     server = RpcServer(listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=credentials)
     add_services(server)
     ledger = settings.open_ledger()

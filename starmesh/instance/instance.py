@@ -72,7 +72,7 @@ class Instance:
         self.hidden_layout = loaded.hidden_layout
         """What the hidden states of its sequences are made of; None when it keeps none."""
         self.engine = EngineThread(lambda: loaded.core, self._pass_on)
-        self.credentials = settings.load_credentials()
+        self.credentials = settings.load_credentials(metrics)
         """What channels to other services are opened with; None for plaintext."""
         self.server = RpcServer(
             listen=settings.listen, allow_plaintext=settings.allow_plaintext, credentials=self.credentials

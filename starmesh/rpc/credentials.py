@@ -23,7 +23,7 @@ from typing import Final, Self
 
 import grpc
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from starmesh.clock import Clock, WallClock
@@ -52,11 +52,12 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class _Pem:
-    """What the files held at one time."""
+    """What the files held at one time, and when that ends: see ``Credentials.expires_s``."""
 
     cert: bytes
     key: bytes
     ca: bytes
+    expires_s: float
 
 
 class Credentials:
@@ -88,6 +89,14 @@ class Credentials:
         with self._lock:
             self._refresh()
             return self._generation
+
+    @property
+    def expires_s(self) -> float:
+        """When others stop accepting the certificate in use, in seconds since 1970: when it ends itself, or an
+        intermediate one, or the CA that has signed them. Goes on being told once it is over."""
+        with self._lock:
+            self._refresh()
+            return self._pem.expires_s
 
     def for_channel(self) -> grpc.ChannelCredentials:
         """For a new channel to another service."""
@@ -159,11 +168,12 @@ class Credentials:
 
     def _read(self) -> _Pem:
         """Raises TlsError for files that nobody would accept a connection with."""
-        pem = _Pem(*(_content(path) for path in (self._files.cert, self._files.key, self._files.ca)))
-        certificate = _certificates(pem.cert, self._files.cert)[0]
-        _certificates(pem.ca, self._files.ca)
+        cert, key_pem, ca = (_content(path) for path in (self._files.cert, self._files.key, self._files.ca))
+        chain = _certificates(cert, self._files.cert)
+        certificate = chain[0]
+        authorities = _certificates(ca, self._files.ca)
         try:
-            key = load_pem_private_key(pem.key, password=None)
+            key = load_pem_private_key(key_pem, password=None)
             belongs = _public_bytes(key.public_key()) == _public_bytes(certificate.public_key())
         except (ValueError, TypeError):
             raise TlsError(f"{self._files.key}: holds no private key without a passphrase, in PEM") from None
@@ -180,7 +190,7 @@ class Credentials:
                 "with that name, or say with --tls-server-name which name all certificates of the mesh are for"
             )
         log.info("certificate %s, valid until %s UTC", self._files.cert, f"{ends:%Y-%m-%d %H:%M}")
-        return pem
+        return _Pem(cert, key_pem, ca, _end_of(chain, authorities).timestamp())
 
 
 def client_credentials(ca: Path) -> grpc.ChannelCredentials:
@@ -203,6 +213,22 @@ def _certificates(content: bytes, path: Path) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(content)
     except ValueError:
         raise TlsError(f"{path}: holds no certificate in PEM") from None
+
+
+def _end_of(chain: list[x509.Certificate], authorities: list[x509.Certificate]) -> datetime:
+    """When the first of a chain ends, or the last of the authorities that have signed it: a CA that was renewed is
+    there twice for a while, and others beside it are of no matter."""
+    ends = [certificate.not_valid_after_utc for certificate in chain]
+    signers = [authority.not_valid_after_utc for authority in authorities if _signed(chain[-1], authority)]
+    return min([*ends, max(signers)] if signers else ends)
+
+
+def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _names(certificate: x509.Certificate) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from cryptography.x509 import load_pem_x509_certificate
 
 from starmesh.cli.emulating import Emulating
 from starmesh.cli.local_cluster import ClusterPlan, LocalCluster, start_cluster
@@ -19,12 +20,14 @@ from starmesh.cli.service_process import ServiceProcess
 from starmesh.emulation.requests import emulated_request
 from starmesh.rpc.channels import CHANNEL_OPTIONS
 from starmesh.rpc.credentials import MESH_NAME, TlsFiles
+from starmesh.telemetry.registry import tls
 from starmesh.v1 import cluster_pb2, decode_pb2, inference_pb2
 from tests.mesh.processes import until
 from tests.mesh.streams import generate
 from tests.mesh.test_emulated import expected_token_ids
 from tests.rpc.every_rpc import HEALTH, REFLECTION, SERVICES, Rpc, attempt, served_by
 from tests.rpc.pki import Pki, channel_credentials
+from tests.telemetry.pages import Seen, page_url, scrape
 
 PROMPT_TOKENS, LONG_TOKENS, TIMEOUT_S = 40, 20_000, 240.0
 OK, REFUSED, NO_CONNECTION = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE
@@ -59,7 +62,13 @@ class Running:
 
 async def test_a_mesh_of_mutual_tls(tmp_path: Path) -> None:
     emulating = Emulating(engine="emulated", profile="h100-7b")
-    plan = ClusterPlan(model=None, run_directory=tmp_path / "run", tls=True, rescheduler_flags=("--policy", "none"))
+    plan = ClusterPlan(
+        model=None,
+        run_directory=tmp_path / "run",
+        tls=True,
+        rescheduler_flags=("--policy", "none"),
+        shared_flags=("--metrics-listen", "127.0.0.1:0"),
+    )
     (tmp_path / "pki").mkdir()
     pki = Pki(tmp_path / "pki")
     async with (
@@ -68,7 +77,9 @@ async def test_a_mesh_of_mutual_tls(tmp_path: Path) -> None:
     ):
         running = Running(router)
         await running.come(20)
+        await all_show_the_end_of_their_certificate(cluster)
         await certificates_are_replaced(cluster, pki)
+        await all_show_the_end_of_their_certificate(cluster)
         await running.come(1)
         await the_request_moves(router)
         await running.come(20)
@@ -139,6 +150,20 @@ async def certificates_are_replaced(cluster: LocalCluster, pki: Pki) -> None:
     await all_come_to(cluster, new, OK)
     replace(files.ca, new.ca.read_bytes())
     await all_come_to(cluster, TlsFiles(cert=old.cert, key=old.key, ca=new.ca), NO_CONNECTION, inner_only=True)
+
+
+async def all_show_the_end_of_their_certificate(cluster: LocalCluster) -> None:
+    """On their pages, as an alert reads them."""
+    assert cluster.security is not None
+    files = cluster.security.tls
+    until_s = {
+        load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc.timestamp() for path in (files.cert, files.ca)
+    }
+    for process in cluster.processes:
+        seen = Seen()
+        seen.add(await asyncio.to_thread(scrape, page_url(process.log_path.read_text())))
+        ((_, shown_s),) = seen.values[tls.CERTIFICATE_EXPIRES.prometheus_name]
+        assert shown_s == min(until_s), process.spec.instance_id
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from starmesh.cli.certs import Authority
 from starmesh.rpc.channels import ChannelPool, open_channel
 from starmesh.rpc.client_channel import open_client_channel
 from starmesh.rpc.credentials import MESH_NAME, Credentials, TlsError, TlsFiles, client_credentials
@@ -220,6 +223,65 @@ def test_certificates_that_nobody_would_accept_are_refused(pki: Pki) -> None:
         Credentials(TlsFiles(cert=one.cert, key=two.key, ca=one.ca))
     with pytest.raises(TlsError, match="holds no certificate"):
         client_credentials(one.key)
+
+
+# --- until when they are good ----------------------------------------------------------------------------------------
+
+
+def end_of(path: Path) -> float:
+    """When the first certificate of a file ends, in seconds since 1970."""
+    return x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc.timestamp()
+
+
+def test_the_end_of_a_certificate_follows_the_files(pki: Pki) -> None:
+    credentials = Credentials(pki.issue(lifetime=timedelta(hours=1)), clock=pki.clock)
+    first = credentials.expires_s
+    assert first == end_of(pki.directory / "service.crt")
+    files = pki.issue(lifetime=timedelta(hours=2))
+    assert credentials.expires_s == first, "looked at again too soon"
+    pki.look()
+    assert credentials.expires_s == end_of(files.cert) > first
+    renewed = credentials.expires_s
+    files.key.write_text("half of a change")
+    pki.look()
+    assert credentials.expires_s == renewed, "what nobody uses"
+
+
+def test_a_certificate_ends_with_the_ca_that_signed_it(pki: Pki, other: Pki) -> None:
+    files = pki.issue(lifetime=10 * DAY)
+    ca_ends_s = end_of(pki.ca)
+    assert Credentials(files).expires_s == ca_ends_s < end_of(files.cert)
+    # Of another CA of that name that is trusted too nothing depends, and a renewed one is as good as the old.
+    sooner = Authority.make("test CA", lifetime=timedelta(hours=1))
+    old_ca = pki.ca.read_bytes()
+    pki.ca.write_bytes(sooner.certificate.public_bytes(Encoding.PEM) + old_ca)
+    assert Credentials(files).expires_s == ca_ends_s
+    pki.ca.write_bytes(old_ca + renewed(pki.authority) + other.ca.read_bytes())
+    assert Credentials(files).expires_s == ca_ends_s + DAY.total_seconds()
+
+
+def renewed(authority: Authority) -> bytes:
+    """Another certificate of the CA's key, that ends a day later."""
+    former = authority.certificate
+    return (
+        x509.CertificateBuilder()
+        .issuer_name(former.issuer)
+        .subject_name(former.subject)
+        .public_key(authority.key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(former.not_valid_before_utc)
+        .not_valid_after(former.not_valid_after_utc + DAY)
+        .sign(authority.key, SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+def test_a_chain_ends_with_its_first_end(pki: Pki) -> None:
+    """Whichever certificate of the file that is."""
+    files = pki.issue(lifetime=timedelta(hours=2))
+    sooner = pki.issue("sooner", lifetime=timedelta(hours=1))
+    files.cert.write_bytes(files.cert.read_bytes() + sooner.cert.read_bytes())
+    assert Credentials(files).expires_s == end_of(sooner.cert)
 
 
 # --- certificates that change ----------------------------------------------------------------------------------------

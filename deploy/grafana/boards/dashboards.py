@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from boards.panels import INSTANCE, Curve, Dashboard, Panel, level, mean, part, quantile, quantiles, rate
-from starmesh.telemetry.registry import decode, instance, ledger, predictor, prefill, rescheduler, router
+from starmesh.telemetry.registry import decode, instance, ledger, predictor, prefill, rescheduler, router, tls
 
 CHOSEN: Final = 'service_instance_id=~"$instance"'
 DECODES: Final = f'job="decode", {CHOSEN}'
@@ -59,6 +59,17 @@ DASHBOARDS: Final = (
                     ),
                     quantile(ledger.LEDGER_DURATION, 0.99, ("starmesh_ledger_operation",), title="P99 of the ledger"),
                     rate(ledger.LEDGER_ERRORS, ("job", "error_type"), title="ledger errors per second"),
+                    Panel(
+                        "time until certificates end",
+                        "s",
+                        tls.CERTIFICATE_EXPIRES.description,
+                        (
+                            Curve(
+                                f"min by ({INSTANCE}) ({tls.CERTIFICATE_EXPIRES.prometheus_name}) - time()",
+                                f"{{{{{INSTANCE}}}}}",
+                            ),
+                        ),
+                    ),
                 ),
             ),
         ),

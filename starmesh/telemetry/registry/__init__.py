@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from starmesh.telemetry.registry import decode, instance, ledger, predictor, prefill, rescheduler, router
+from starmesh.telemetry.registry import decode, instance, ledger, predictor, prefill, rescheduler, router, tls
 from starmesh.telemetry.registry.metric import Metric
 
 
@@ -18,6 +18,6 @@ def _rows(module: ModuleType) -> tuple[Metric, ...]:
 
 
 METRICS: tuple[Metric, ...] = tuple(
-    row for module in (router, instance, prefill, decode, predictor, rescheduler, ledger) for row in _rows(module)
+    row for module in (router, instance, prefill, decode, predictor, rescheduler, ledger, tls) for row in _rows(module)
 )
 """All rows, in the order in which the docs show them."""
