@@ -25,8 +25,9 @@ from tests.instance.running import spec, until
 
 CONFIG = PredictorConfig(timeout_s=5.0, first_pause_s=0.02, longest_pause_s=0.1, refused_pause_s=0.02)
 IMPATIENT = replace(CONFIG, timeout_s=0.3)
-STEP_S = 0.002
+STEP_S = 0.005
 LIMIT = 900
+"""Together 4.5 s: time enough, however busy the machine, for what happens while a sequence runs."""
 
 
 @asynccontextmanager
@@ -76,6 +77,12 @@ async def until_load(
 
     await until(so)
     return found[0]
+
+
+async def fall_silent(peer: PredictorPeer) -> None:
+    """Have the predictor answer nothing more, and wait until no answer is on its way: one call is, at a time."""
+    peer.answer, calls = peers.hangs, len(peer.calls)
+    await peer.until(lambda: len(peer.calls) > calls)
 
 
 def is_predicted(load: SequenceLoad) -> bool:
@@ -139,7 +146,8 @@ async def test_tokens_do_not_depend_on_the_predictor(answer: Answer) -> None:
         load = await load_of(cluster, "c")
         assert load is None or answer is peers.answers or not is_predicted(load)
         await finish(cluster, *requests)
-        assert peer.most_in_flight == 1
+        # The end of a call that was given up may come to the predictor after the next one.
+        assert peer.most_in_flight <= (2 if answer is peers.hangs else 1)
 
 
 async def test_without_a_predictor_what_waits_is_bounded() -> None:
@@ -156,11 +164,10 @@ async def test_an_estimate_ages_while_the_predictor_is_silent() -> None:
     async with predicting(predictor=IMPATIENT) as (cluster, peer):
         request = await begin(cluster)
         first = await until_load(cluster, is_predicted)
-        peer.answer = peers.hangs
+        await fall_silent(peer)
         seen = [
             await until_load(cluster, lambda load, age=age: load.prediction_age_tokens > age) for age in (25, 45, 65)
         ]
-        # One answer may have been on its way when it fell silent.
         assert position(seen[0]) >= position(first)
         assert len({position(load) for load in seen}) == 1
         ages = [load.prediction_age_tokens for load in seen]
@@ -188,7 +195,9 @@ async def test_estimates_come_again_when_the_predictor_does(elsewhere: bool) -> 
         left = await until_load(cluster, lambda load: load.prediction_age_tokens > 45)
         await peer.start() if elsewhere else await peer.start(old)
         for name in "ab":
-            again = await until_load(cluster, lambda load: position(load) > left.output_tokens - 20, name)
+            again = await until_load(
+                cluster, lambda load: is_predicted(load) and position(load) > left.output_tokens - 20, name
+            )
             assert again.remaining_tokens == TOTAL_TOKENS - again.output_tokens
         await finish(cluster, *requests)
 
@@ -211,7 +220,7 @@ async def test_an_estimate_goes_along_with_its_sequence() -> None:
     async with predicting("AB", predictor=IMPATIENT) as (cluster, peer):
         request = await begin(cluster)
         await until_load(cluster, is_predicted)
-        peer.answer = peers.hangs
+        await fall_silent(peer)
         before = await until_load(cluster, lambda load: load.prediction_age_tokens > 25)
         assert (await cluster.migrate("a", "A", "B").outcome()).moved
         after = await until_load(cluster, lambda load: True, on="B")
@@ -256,7 +265,8 @@ async def test_the_routers_estimate_counts_at_once_and_its_sample_is_not_sent_ag
         if position(load) == 0:
             assert load.remaining_tokens == 400 - load.output_tokens
         await peer.until(lambda: peer.samples)
-        assert peer.samples[0].output_tokens == 20
+        # A newer one takes the place of one that waits.
+        assert peer.samples[0].output_tokens >= 20
         assert convert.estimate(peer.samples[0].previous) == RemainingEstimate(0, 400, 500)
         await finish(cluster, request)
 
@@ -317,6 +327,7 @@ async def test_what_goes_on_to_its_limit_is_known_without_asking() -> None:
 
 async def test_the_engine_preempts_by_what_its_loads_foresee() -> None:
     async with predicting() as (cluster, _):
+        cluster.executors["A"].step_s = 0.02  # they all run until that is seen
         limits = {"a": LIMIT, "b": LIMIT, "c": LIMIT - 100, "d": LIMIT - 50}
         requests = [await cluster.router.start(spec(name, limit=limit), "A") for name, limit in limits.items()]
         engine = cluster.decode["A"].instance.engine
@@ -342,7 +353,7 @@ def prompt_that_stops(limit: int) -> tuple[int, int]:
 async def test_ends_are_told_by_the_instance_where_they_are() -> None:
     prompt, stops_at = prompt_that_stops(200)
     async with predicting("AB", eos_token_ids=frozenset([EOS])) as (cluster, peer):
-        cluster.executors["A"].step_s = 0.01  # it moves long before it stops
+        cluster.executors["A"].step_s = 0.03  # it moves long before it stops
         stops = await cluster.router.start(spec("a", prompt=prompt, limit=LIMIT, ignore_eos=False), "A")
         assert (await cluster.migrate("a", "A", "B").outcome()).moved
         assert await stops.ended() is FinishReason.STOP
@@ -356,6 +367,7 @@ async def test_ends_are_told_by_the_instance_where_they_are() -> None:
 
 async def test_cancels_and_deadlines_are_ends_and_a_routers_death_is_none() -> None:
     async with predicting() as (cluster, peer):
+        cluster.executors["A"].step_s = 0.02  # none ends by itself
         for name in "abc":
             await begin(cluster, name)
         worker = cluster.worker("A")

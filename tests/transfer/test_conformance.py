@@ -51,7 +51,7 @@ async def test_bytes_are_equal_and_no_others_are_touched(
     assert np.array_equal(target.memory.blocks[list(local)], holder.memory.blocks[list(remote)])
     untouched = sorted(set(range(64)) - set(local))
     assert not target.memory.blocks[untouched].any()
-    await target.transfer.puller.release(ticket, timeout_s=5)
+    await target.transfer.puller.release(ticket, timeout_s=30)
     assert holder.ended == ["owner"]
     assert len(holder.transfer.leases) == 0
 
@@ -60,7 +60,7 @@ async def test_no_blocks(holder: Instance, target: Instance) -> None:
     ticket = holder.ticket([])
     result = await target.transfer.puller.pull(ticket, [], [], timeout_s=30)
     assert result.bytes == 0
-    await target.transfer.puller.release(ticket, timeout_s=5)
+    await target.transfer.puller.release(ticket, timeout_s=30)
 
 
 async def test_tens_of_megabytes(backend: TransferBackend) -> None:
@@ -82,7 +82,7 @@ async def test_concurrent_pulls(holder: Instance, target: Instance) -> None:
         *(target.transfer.puller.pull(ticket, ticket.block_ids, ticket.block_ids, timeout_s=30) for ticket in tickets)
     )
     assert np.array_equal(target.memory.blocks, holder.memory.blocks)
-    await asyncio.gather(*(target.transfer.puller.release(ticket, timeout_s=5) for ticket in tickets))
+    await asyncio.gather(*(target.transfer.puller.release(ticket, timeout_s=30) for ticket in tickets))
     assert len(holder.ended) == 8
 
 
@@ -108,7 +108,7 @@ async def test_a_lease_that_is_gone(holder: Instance, target: Instance) -> None:
     with pytest.raises(LeaseLost):
         await target.transfer.puller.pull(ticket, [0], [0], timeout_s=30)
     with pytest.raises(LeaseLost):
-        await target.transfer.puller.release(ticket, timeout_s=5)
+        await target.transfer.puller.release(ticket, timeout_s=30)
     assert holder.ended == []
 
 
@@ -117,13 +117,13 @@ async def test_a_lease_that_expires_after_the_pull_is_lost_at_release(holder: In
     await target.transfer.puller.pull(ticket, [0], [0], timeout_s=30)
     holder.clock.advance(10.0)
     with pytest.raises(LeaseLost):
-        await target.transfer.puller.release(ticket, timeout_s=5)
+        await target.transfer.puller.release(ticket, timeout_s=30)
 
     async def swept() -> None:
         while not holder.ended:
             await asyncio.sleep(0.02)
 
-    await asyncio.wait_for(swept(), 10)
+    await asyncio.wait_for(swept(), 20)
     assert holder.ended == ["owner"]
 
 
@@ -165,6 +165,6 @@ async def test_a_holder_without_a_backend_of_ours(holder: Instance, backend: Tra
             backends=[sequence_pb2.TRANSFER_BACKEND_UNSPECIFIED],
         )
         with pytest.raises(grpc.aio.AioRpcError) as seen:
-            await transfer_pb2_grpc.TransferServiceStub(channel).Negotiate(request, timeout=5)
+            await transfer_pb2_grpc.TransferServiceStub(channel).Negotiate(request, timeout=30)
         assert seen.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert backend.value in seen.value.details()

@@ -150,6 +150,7 @@ async def test_a_connection_that_hangs_costs_a_pull_little_and_the_next_nothing(
             assert (await pull_all(target, other)).backend is STREAM
         finally:
             let_through.set()
+        monkeypatch.setattr("starmesh.transfer.nixl.CONNECT_TIMEOUT_S", 30.0)
         target.transfer.puller._terms.clear()  # as if the time by stream were over
         assert (await pull_all(target, holder)).backend is NIXL
 
