@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from starmesh.model_files import fetch_model
 # Examples are not timed: on a busy machine any of them may take long.
 settings.register_profile("starmesh", deadline=None, max_examples=75, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("starmesh")
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FAST_LANE = "fast"
