@@ -60,6 +60,7 @@ from starmesh.ledger.limits import (
     check_rounds,
     check_ttl,
 )
+from starmesh.ledger.redis_password import PasswordFile
 from starmesh.rounds import RoundSummary
 from starmesh.types import (
     ClusterView,
@@ -122,14 +123,13 @@ class RedisLedger:
     ) -> Self:
         """A ledger at ``redis://``, ``rediss://`` (TLS) or ``unix://``, credentials in the url; nothing is sent yet.
 
-        ``password_file`` holds the password instead of the url; ``ca`` the CAs, in PEM, that a ``rediss://`` server's
-        certificate is checked with, together with the host in the url. ``timeout_s`` bounds each operation as a whole,
-        connecting included. Raises LedgerError for a url that cannot be understood, no message of which ever shows it,
-        because it may hold a password, and for a file that cannot be read.
+        ``password_file`` holds the password where the url has none, and is read again for each connection; ``ca`` the
+        CAs, in PEM, that a ``rediss://`` server's certificate is checked with, together with the host in the url.
+        ``timeout_s`` bounds each operation as a whole, connecting included. Raises LedgerError for a url that cannot be
+        understood, no message of which ever shows it, because it may hold a password, and for a file that cannot be
+        read.
         """
         options: dict[str, Any] = {}
-        if password_file is not None:
-            options["password"] = _read_password(password_file)
         if url.startswith("rediss://"):
             options["ssl_check_hostname"] = True
         if ca is not None:
@@ -149,6 +149,10 @@ class RedisLedger:
                 protocol=2,
                 **options,
             )
+            if password_file is not None and not pool.connection_kwargs.get("password"):
+                # redis-py takes both from a provider, or neither.
+                user = pool.connection_kwargs.pop("username", None)
+                pool.connection_kwargs["credential_provider"] = PasswordFile(password_file, user=user)
             # An option that redis does not know would otherwise surface at the first operation.
             pool.make_connection()  # type: ignore[no-untyped-call]
             address = _address(url)
@@ -381,16 +385,6 @@ def is_encrypted(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _read_password(path: Path) -> str:
-    try:
-        password = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        raise LedgerError(f"the ledger's password file {path} cannot be read") from None
-    if not password:
-        raise LedgerError(f"the ledger's password file {path} is empty")
-    return password
 
 
 def _address(url: str) -> str:

@@ -109,6 +109,39 @@ async def test_a_wrong_password_is_told_without_it(
         await ledger.close()
 
 
+async def test_a_password_that_is_replaced_needs_no_restart(
+    server: EmbeddedServer, user: str, ledger: RedisLedger, password_file: Path
+) -> None:
+    async with Redis.from_url(server.url) as admin:
+
+        async def cut() -> None:
+            """As an operator who trusts no connection that was made with the old password."""
+            await admin.execute_command("CLIENT", "KILL", "USER", user)
+
+        async def fails_for(reason: str) -> None:
+            async def failed() -> bool:
+                with pytest.raises(LedgerUnavailable) as caught:
+                    await ledger.view()
+                return reason in str(caught.value)
+
+            # The first one may have met a connection that was just cut.
+            await until(failed)
+
+        await ledger.view()
+        await admin.execute_command("ACL", "SETUSER", user, "resetpass", ">another")
+        await ledger.view()
+        await cut()
+        await fails_for("username-password")
+        password_file.write_text("another\n")
+        await ledger.view()
+        # A file that is there by halves: told, and taken once it is whole.
+        password_file.write_text("")
+        await cut()
+        await fails_for(f"{password_file} is empty")
+        password_file.write_text("another")
+        await ledger.view()
+
+
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff"])
 def test_a_password_file_that_holds_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "password"
