@@ -24,8 +24,16 @@ from starmesh.rpc.channels import open_channel
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.status import StatusError, bad_field, retry_later
 from starmesh.telemetry import names
-from starmesh.telemetry.setup import address_attributes, context_of_call, link_to, note_failure, traceparent_of, tracer
-from starmesh.types import MigrationReason, Role
+from starmesh.telemetry.setup import (
+    address_attributes,
+    context_of_call,
+    link_to,
+    note_failure,
+    span,
+    traceparent_of,
+    tracer,
+)
+from starmesh.types import InstanceInfo, InstanceState, MigrationReason, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -97,14 +105,25 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             raise bad_field("instance_id", f"is a {found.role.value}; only prefill and decode instances drain")
         remaining_s = context.time_remaining()
         timeout_s = _DRAIN_TIMEOUT_S if remaining_s is None else min(_DRAIN_TIMEOUT_S, remaining_s)
+        if found.state is not InstanceState.READY:
+            # Asked again, to see how far it is, twice a second by `starmesh drain`.
+            return await self._drain(found, timeout_s=timeout_s)
+        attributes = {names.DRAINED_INSTANCE: found.instance_id, **address_attributes(found.address)}
+        parent = context_of_call(context.invocation_metadata())
+        with span(names.SPAN_DRAIN, parent, kind=SpanKind.SERVER, attributes=attributes) as current:
+            drained = await self._drain(found, timeout_s=timeout_s)
+            current.set_attribute(names.SEQUENCES, drained.remaining_sequences)
+            return drained
+
+    async def _drain(self, instance: InstanceInfo, *, timeout_s: float) -> cluster_pb2.DrainResponse:
         try:
-            async with open_channel(found.address, self._credentials) as channel:
+            async with open_channel(instance.address, self._credentials) as channel:
                 stub = cluster_pb2_grpc.InstanceServiceStub(channel)
                 drained = await stub.DrainInstance(cluster_pb2.DrainInstanceRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise retry_later(
                 grpc.StatusCode.UNAVAILABLE,
-                f"{request.instance_id} does not answer ({error.code().name}); try again",
+                f"{instance.instance_id} does not answer ({error.code().name}); try again",
                 _RETRY_DELAY_S,
             ) from None
         return cluster_pb2.DrainResponse(state=drained.state, remaining_sequences=drained.remaining_sequences)

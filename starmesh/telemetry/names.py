@@ -17,6 +17,7 @@ SPAN_RECOVERY = "starmesh.recovery"  # router: an instance died; prefill again e
 # A round of the rescheduler has a trace of its own; the migrations that it decides link to it.
 SPAN_ROUND = "starmesh.round"  # rescheduler: plan, confirm the lead, command
 SPAN_COMMAND = "starmesh.command"  # rescheduler, router: one migration commanded to its source, until its end is known
+SPAN_DRAIN = "starmesh.drain"  # router: an operator's drain, until its instance has begun it
 SPAN_EVACUATION = "starmesh.evacuation"  # decode: moves that a drain or a shortage of blocks asks for
 
 # A forward of the predictor serves many requests: it is a trace of its own too, linked to theirs.
@@ -42,6 +43,7 @@ TRANSFER_BLOCKS = "starmesh.transfer_blocks"
 QUEUE_S = "starmesh.queue_s"
 RECOVERIES = "starmesh.recoveries"
 LOST_INSTANCE = "starmesh.lost_instance"
+DRAINED_INSTANCE = "starmesh.drained_instance"
 MIGRATIONS = "starmesh.migrations"
 MIGRATION_REASON = "starmesh.migration_reason"
 MIGRATION_OUTCOME = "starmesh.migration_outcome"
@@ -56,6 +58,7 @@ SPREAD_BEFORE_TOKENS = "starmesh.spread_before_tokens"
 SPREAD_AFTER_TOKENS = "starmesh.spread_after_tokens"
 SAMPLES = "starmesh.samples"
 REQUESTS = "starmesh.requests"
+SEQUENCES = "starmesh.sequences"
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 MODEL = "gen_ai.request.model"

@@ -115,6 +115,7 @@ def check_traces(receiver: Receiver) -> None:
     assert "hot" not in homes, "what is wrong with a refused request may be its id"
     assert all(len(traces) == 1 for traces in homes.values()), homes
     assert len({trace for traces in homes.values() for trace in traces}) == len(homes)
+    assert [span.name for span in receiver.spans].count(names.SPAN_DRAIN) == 1, "asking again is no drain"
     for spans in receiver.traces.values():
         (root,) = [span for span in spans if not span.parent_id]
         assert root.name in {row.name for row in SPANS if ROOT in row.parents}

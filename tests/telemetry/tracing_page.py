@@ -37,7 +37,7 @@ def _spans() -> str:
     lines = ["| span | made by | below | linked to | what it stands for |", "|---|---|---|---|---|"]
     for row in SPANS:
         below = ", ".join(f"`{parent}`" if parent != ROOT else "a client's, or none" for parent in row.parents)
-        if ROOT in row.parents and row.name not in (names.SPAN_GENERATE, names.SPAN_COMMAND):
+        if ROOT in row.parents and row.name not in (names.SPAN_GENERATE, names.SPAN_COMMAND, names.SPAN_DRAIN):
             below = "none"
         linked = ", ".join(f"`{link}`" for link in row.links)
         lines.append(f"| `{row.name}` | {', '.join(row.services)} | {below} | {linked} | {row.what} |")
