@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc.aio
 
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, decode_pb2
-from tests.mesh.processes import Mesh
+from tests.mesh.processes import Mesh, until
 
 STAGE = decode_pb2.MigrationStage
 RETRY_S = 0.05
@@ -54,10 +55,30 @@ class Moves:
         self.ends.setdefault(request_id, Counter())[end] += 1
         return end
 
-    async def wander(self, request_id: str, among: list[str], ended: asyncio.Event, *, pause_s: float = 0.0) -> None:
-        """Move a request from instance to instance, after pauses of up to ``pause_s``, until it has ended."""
+    async def until_moved(self, request_id: str, to: str) -> None:
+        """Move a request there: again where it stays, for it may rightly outgrow the room that was made for it."""
+
+        async def moved() -> bool:
+            return await self.move(request_id, to) == "MOVED"
+
+        await until(moved, f"{request_id} to move to {to}", describe=lambda: f"{self.ends} {self.refused}")
+
+    async def wander(
+        self,
+        request_id: str,
+        among: list[str],
+        ended: asyncio.Event,
+        *,
+        pause_s: float = 0.0,
+        may_move: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Move a request from instance to instance, after pauses of up to ``pause_s`` and whenever it ``may_move``,
+        until it has ended."""
         here = ""
         while not ended.is_set():
+            if not may_move():
+                await asyncio.sleep(RETRY_S)
+                continue
             to = self.draw.choice([name for name in among if name != here])
             end = await self.move(request_id, to)
             if end == "MOVED":

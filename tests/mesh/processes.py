@@ -21,6 +21,9 @@ from tests.mesh.forked import ForkedProcess, start_forked
 
 # Importing torch and transformers takes some ten seconds of CPU time, and several instances start at once.
 START_TIMEOUT_S = 300.0
+CALL_TIMEOUT_S = 30.0
+NOBODY_DIES = {"STARMESH_LEASE_TTL_S": "30"}
+"""Environment for tests in which no instance may be taken for dead, however late its reports come."""
 
 
 @dataclass
@@ -156,13 +159,13 @@ class Mesh:
 
     async def instances(self) -> list[cluster_pb2.Instance]:
         """What the router lists."""
-        response = await self.cluster().ListInstances(cluster_pb2.ListInstancesRequest(), timeout=10)
+        response = await self.cluster().ListInstances(cluster_pb2.ListInstancesRequest(), timeout=CALL_TIMEOUT_S)
         return list(response.instances)
 
     async def instance(self, name: str) -> cluster_pb2.GetInstanceResponse:
         """What an instance says of itself, its integrity checked."""
         stub = cluster_pb2_grpc.InstanceServiceStub(self.channel(name))
-        return await stub.GetInstance(cluster_pb2.GetInstanceRequest(), timeout=10)
+        return await stub.GetInstance(cluster_pb2.GetInstanceRequest(), timeout=CALL_TIMEOUT_S)
 
     async def owners(self) -> dict[str, str]:
         """The decode instance that owns each request in flight, as the ledger has it."""
@@ -200,7 +203,7 @@ class Mesh:
 
 
 async def until(
-    condition: Callable[[], object], what: str, timeout_s: float = 30.0, describe: Callable[[], str] = str
+    condition: Callable[[], object], what: str, timeout_s: float = 60.0, describe: Callable[[], str] = str
 ) -> None:
     """Wait until ``condition`` holds; fail saying what was waited for and what was found."""
     deadline = asyncio.get_running_loop().time() + timeout_s

@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import grpc
+import grpc.aio
+
 from starmesh.v1 import inference_pb2, inference_pb2_grpc, sequence_pb2
 
 
@@ -32,7 +35,7 @@ async def generate(
     stub: inference_pb2_grpc.InferenceServiceAsyncStub,
     message: inference_pb2.GenerateRequest,
     *,
-    timeout_s: float = 240.0,
+    timeout_s: float = 600.0,
     on_token: Callable[[int], None] = lambda tokens: None,
 ) -> Answer:
     """Run a request to its end. Checks offsets: no token twice, none missing. ``on_token`` gets the count so far."""
@@ -73,3 +76,15 @@ async def generate_all(
     return await asyncio.gather(
         *(generate(stub, message, on_token=counter(index)) for index, message in enumerate(messages))
     )
+
+
+async def cancel(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub, messages: list[inference_pb2.GenerateRequest]
+) -> None:
+    """Cancel those of the requests that have not ended."""
+    for message in messages:
+        try:
+            await stub.Cancel(inference_pb2.CancelRequest(request_id=message.request_id), timeout=30)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise

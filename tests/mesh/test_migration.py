@@ -5,27 +5,30 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from starmesh.telemetry import names
 from starmesh.v1 import inference_pb2, sequence_pb2
 from tests.mesh.moves import Moves
 from tests.mesh.otlp import ReceivedSpan, Receiver
-from tests.mesh.processes import Mesh, until
+from tests.mesh.processes import NOBODY_DIES, Mesh, until
 from tests.mesh.prompts import PROMPTS
 from tests.mesh.streams import Answer, generate, generate_all, request
 
 DECODES = ["decode-0", "decode-1", "decode-2"]
 OUTPUT_TOKENS = 250
 LEAST_MOVES = 3
-"""Of each sequence; how many there are beyond that is chance."""
+"""Of each sequence, in one of its runs; how many there are beyond that is chance."""
+MAX_RUNS = 12
+"""A machine that is busy with something else may leave a sequence too little time for its moves: then all run again."""
 
 
 async def test_sixteen_live_sequences_move_back_and_forth(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Between three processes, two of which reach each other by NIXL and the third by stream only."""
     async with Receiver() as receiver:
-        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-        async with Mesh(tmp_path, tiny_model_dir, environment, forked=True) as mesh:
+        exported = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        async with Mesh(tmp_path, tiny_model_dir, exported | NOBODY_DIES, forked=True) as mesh:
             small = ("--kv-memory-mib", "16")
             await mesh.start("prefill", "prefill-0", *small)
             for name, backends in zip(DECODES, ("nixl,stream", "nixl,stream", "stream"), strict=True):
@@ -46,12 +49,11 @@ async def test_sequences_of_a_real_model_move(model_dir: Path, tmp_path: Path) -
         await mesh.start_all(prefill=1, decode=3, flags=("--kv-memory-mib", "256"))
         undisturbed = await generate_all(mesh.inference(), messages)
         await mesh.settled()
-        moves = Moves(mesh, random.Random(6))
-        answers = await _moved_about(mesh, messages, moves)
-        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in undisturbed]
-        assert all(moves.ends[message.request_id]["MOVED"] for message in messages), moves.ends
-        await mesh.settled()
-        print(f"{moves.count('MOVED')} moves of {len(messages)} sequences")
+        runs = await _until_moved(mesh, messages, 1)
+        for run in runs:
+            assert [answer.token_ids for answer in run.answers] == [answer.token_ids for answer in undisturbed]
+        moved = sum(run.moves.count("MOVED") for run in runs)
+        print(f"{moved} moves of {len(messages)} sequences in {len(runs)} runs")
 
 
 async def _every_token_is_that_of_an_undisturbed_run(mesh: Mesh) -> None:
@@ -64,24 +66,22 @@ async def _every_token_is_that_of_an_undisturbed_run(mesh: Mesh) -> None:
     }
     await mesh.settled()
 
-    moves = Moves(mesh, random.Random(16))
-
-    answers = await _moved_about(mesh, messages, moves)
-    for message, answer, expected in zip(messages, answers, undisturbed, strict=True):
-        assert answer.token_ids == expected.token_ids, message
-        assert answer.text == expected.text
-        assert answer.finish_reason == expected.finish_reason
-        moved = moves.ends[message.request_id]["MOVED"]
-        assert moved >= LEAST_MOVES, f"{message.request_id} has moved {moved} times: {moves.ends}, {moves.refused}"
-        assert answer.usage is not None
-        assert answer.usage.migrations >= moved - 1, "the last of them may have crossed the end"
-        assert answer.usage.recoveries == 0
-    assert moves.count("IN_DOUBT") == 0
-    await mesh.settled()
+    runs = await _until_moved(mesh, messages, LEAST_MOVES)
+    for run in runs:
+        for message, answer, expected in zip(messages, run.answers, undisturbed, strict=True):
+            assert answer.token_ids == expected.token_ids, message
+            assert answer.text == expected.text
+            assert answer.finish_reason == expected.finish_reason
+            assert answer.usage is not None
+            assert answer.usage.migrations >= run.moved(message) - 1, "the last of them may have crossed the end"
+            assert answer.usage.recoveries == 0
+        assert run.moves.count("IN_DOUBT") == 0
+    moved = sum(run.moves.count("MOVED") for run in runs)
     arrived = [(await mesh.instance(name)).instance.load.migrated_sequences for name in DECODES]
-    assert sum(arrived) == moves.count("MOVED")
+    assert sum(arrived) == moved
     assert all(arrived)
-    print(f"{moves.count('MOVED')} moves of 16 sequences, to each instance {arrived}; {dict(moves.refused)}")
+    refused = sum((run.moves.refused for run in runs), Counter[str]())
+    print(f"{moved} moves of 16 sequences in {len(runs)} runs, to each instance {arrived}; {dict(refused)}")
 
 
 async def _sixteen_requests(mesh: Mesh) -> list[inference_pb2.GenerateRequest]:
@@ -101,21 +101,57 @@ async def _sixteen_requests(mesh: Mesh) -> list[inference_pb2.GenerateRequest]:
     return messages
 
 
-async def _moved_about(mesh: Mesh, messages: list[inference_pb2.GenerateRequest], moves: Moves) -> list[Answer]:
-    """Run the streams; each request moves from its first token to its end."""
+@dataclass(frozen=True)
+class Run:
+    """What became of all streams, and of their moves."""
+
+    answers: list[Answer]
+    moves: Moves
+
+    def moved(self, message: inference_pb2.GenerateRequest) -> int:
+        """How often its sequence has moved."""
+        return self.moves.ends.get(message.request_id, Counter())["MOVED"]
+
+
+async def _until_moved(mesh: Mesh, messages: list[inference_pb2.GenerateRequest], least: int) -> list[Run]:
+    """Run the streams until each has had a run in which its sequence moved ``least`` times."""
+    runs: list[Run] = []
+    while len(runs) < MAX_RUNS:
+        moves = Moves(mesh, random.Random(len(runs)))
+        runs.append(Run(await _moved_about(mesh, messages, moves, least), moves))
+        await mesh.settled()
+        most = {message.request_id: max(run.moved(message) for run in runs) for message in messages}
+        if min(most.values()) >= least:
+            return runs
+    raise AssertionError(f"moves of each request, at most, in {MAX_RUNS} runs: {most}; {moves.ends}, {moves.refused}")
+
+
+async def _moved_about(
+    mesh: Mesh, messages: list[inference_pb2.GenerateRequest], moves: Moves, least: int
+) -> list[Answer]:
+    """Run the streams; each request moves from its first token to its end. Those that have moved ``least`` times let
+    the others go first: only so many may move at a time."""
     stub = mesh.inference()
+    running = {message.request_id for message in messages}
+
+    def moved(request_id: str) -> int:
+        return moves.ends.get(request_id, Counter())["MOVED"]
+
+    def may_move(request_id: str) -> bool:
+        return moved(request_id) < least or all(moved(other) >= least for other in running)
 
     async def disturbed(message: inference_pb2.GenerateRequest) -> Answer:
         begun, ended = asyncio.Event(), asyncio.Event()
 
         async def wander() -> None:
             await begun.wait()
-            await moves.wander(message.request_id, DECODES, ended)
+            await moves.wander(message.request_id, DECODES, ended, may_move=lambda: may_move(message.request_id))
 
         wandering = asyncio.create_task(wander())
         try:
             return await generate(stub, message, on_token=lambda tokens: begun.set())
         finally:
+            running.discard(message.request_id)
             begun.set()
             ended.set()
             await wandering
@@ -130,7 +166,7 @@ async def _both_backends_have_moved_sequences(receiver: Receiver) -> None:
         return Counter(span.attributes.get(names.TRANSFER_BACKEND) for span in pulls)
 
     await until(
-        lambda: used()["nixl"] >= 16 and used()["stream"] >= 16, "pulls by both backends", describe=lambda: str(used())
+        lambda: used()["nixl"] >= 8 and used()["stream"] >= 8, "pulls by both backends", describe=lambda: str(used())
     )
     print(f"pulls of migrations by backend: {dict(used())}")
 
@@ -138,16 +174,20 @@ async def _both_backends_have_moved_sequences(receiver: Receiver) -> None:
 async def _a_trace_shows_a_move(mesh: Mesh, receiver: Receiver) -> None:
     """Spans of source, target and transfer are in the request's own trace, and linked to the command's."""
     command = "7e57" * 8
-    message = request("Count.", max_output_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    message = request("Count.", max_output_tokens=1900, ignore_eos=True)
     message.request_id = "traced"
     begun = asyncio.Event()
-    running = asyncio.create_task(generate(mesh.inference(), message, on_token=lambda tokens: begun.set()))
-    await asyncio.wait_for(begun.wait(), 30)
+    # Its first token may come from the prefill instance before any decode instance has it.
+    running = asyncio.create_task(
+        generate(mesh.inference(), message, on_token=lambda tokens: begun.set() if tokens > 2 else None)
+    )
+    await asyncio.wait_for(begun.wait(), 60)
     source = (await mesh.owners())["traced"]
     target = DECODES[DECODES.index(source) - 1]
     moves = Moves(mesh, random.Random(0))
     assert await moves.move("traced", target, traceparent=f"00-{command}-{'ab' * 8}-01") == "MOVED"
-    await running
+    answer = await running
+    assert answer.usage is not None and answer.usage.migrations == 1
 
     def trace() -> list[ReceivedSpan]:
         for spans in list(receiver.traces.values()):
