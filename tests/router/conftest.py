@@ -24,7 +24,7 @@ from starmesh.tokenizer.chat_template import ChatTemplate
 from starmesh.types import ClusterView
 from starmesh.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sequence_pb2
 from tests.router.decode_peer import DecodePeer
-from tests.router.peers import CONTEXT, EOS, VOCABULARY, PrefillPeer, expected_tokens
+from tests.router.peers import CONTEXT, EOS, TTL_S, VOCABULARY, PrefillPeer, expected_tokens
 from tests.router.predictor_peer import PredictorPeer
 
 TIMEOUT_S = 20.0
@@ -90,7 +90,7 @@ class Mesh:
             await self.add_prefill()
         for _ in range(decodes):
             await self.add_decode()
-        defaults: dict[str, Any] = {"view_interval_s": 0.02, "lease_ttl_s": 0.6, "report_interval_s": 0.05}
+        defaults: dict[str, Any] = {"view_interval_s": 0.02, "lease_ttl_s": TTL_S, "report_interval_s": 0.05}
         config = RouterSettings(_cli_parse_args=False, **(defaults | {"grace_s": 0.5} | settings))
         process = RouterProcess(config, self.ledger, letters_model(), metrics)
         self.process = await self._stack.enter_async_context(process)

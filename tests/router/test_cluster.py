@@ -99,7 +99,7 @@ async def test_health_is_serving_once_requests_can_be_taken(mesh: Mesh) -> None:
 
     assert await status() == health_pb2.HealthCheckResponse.NOT_SERVING
     await mesh.add_decode()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await mesh.process.watch.ready.wait()
         while await status() != health_pb2.HealthCheckResponse.SERVING:
             await asyncio.sleep(0.01)

@@ -255,7 +255,10 @@ async def test_streams_and_new_requests_go_on_without_a_ledger(mesh: Mesh) -> No
     await until(lambda: not mesh.process.watch.available)
     for decode in mesh.decodes:
         decode.pause_after = None  # for new sequences; the old one waits
-    calls = [collect(mesh.generate(f"new {number}")) for number in range(8)]
+    mesh.prefills[0].gate.clear()  # none ends before all have their places
+    calls = [asyncio.create_task(collect(mesh.generate(f"new {number}"))) for number in range(8)]
+    await until(lambda: len(mesh.prefills[0].specs) == 9)
+    mesh.prefills[0].gate.set()
     for number, messages in enumerate(await asyncio.gather(*calls)):
         check_answer(messages, f"new {number}", 20)
     # By local counts, both had a share.

@@ -40,7 +40,11 @@ async def test_many_answers_at_once_share_one_stream(mesh: Mesh) -> None:
         text = f"prompt {number}"
         check_answer([message async for message in mesh.generate(text, tokens=5 + number)], text, 5 + number)
 
-    await asyncio.gather(*(one(number) for number in range(32)))
+    mesh.prefills[0].gate.clear()  # none ends before all have their places
+    calls = [asyncio.create_task(one(number)) for number in range(32)]
+    await until(lambda: len(mesh.prefills[0].specs) == 32)
+    mesh.prefills[0].gate.set()
+    await asyncio.gather(*calls)
     assert [decode.streams for decode in mesh.decodes] == [1, 1]
     assert all(len(decode.specs) > 4 for decode in mesh.decodes)
     await mesh.nothing_left()
@@ -134,7 +138,7 @@ async def test_cancel_ends_the_stream_with_its_tokens(mesh: Mesh) -> None:
 
 
 async def test_the_deadline_cancels_the_engine(mesh: Mesh) -> None:
-    await mesh.start(max_duration_s=0.4)
+    await mesh.start(max_duration_s=1.5)
     mesh.decodes[0].pause_after = 5
     # Without a deadline of its own the router's limit holds.
     call = mesh.generate(request_id="late", timeout=None)
@@ -146,7 +150,7 @@ async def test_the_deadline_cancels_the_engine(mesh: Mesh) -> None:
     assert token_ids == tokens_after("hello", 5)
     await until(lambda: mesh.decodes[0].cancelled == [("late", 1)])
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in mesh.generate(request_id="later", timeout=0.2):
+        async for _ in mesh.generate(request_id="later", timeout=1.0):
             pass
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: mesh.decodes[0].cancelled[1:] == [("later", 1)])

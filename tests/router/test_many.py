@@ -55,9 +55,12 @@ class Many:
 
 async def test_answers_share_messages_and_the_stream_ends_with_the_last(mesh: Mesh) -> None:
     await mesh.start(decodes=2)
+    mesh.prefills[0].gate.clear()  # none ends before all have begun
     many = Many(mesh)
     for number in range(32):
         await many.generate(f"r{number}", f"prompt {number}", tokens=40)
+    await until(lambda: len(mesh.prefills[0].specs) == 32)
+    mesh.prefills[0].gate.set()
     await many.finish()
     assert many.failures == {}
     for number in range(32):
@@ -82,7 +85,7 @@ async def test_failures_are_of_one_request_and_the_others_go_on(mesh: Mesh) -> N
     assert many.failures["long"].fields == ["text"]
     assert many.failures["other"].code is grpc.StatusCode.NOT_FOUND
     assert many.failures[""].fields in (["generate.request_id"], ["action"])
-    await many.generate("late", timeout=0.1)
+    await many.generate("late", timeout=1.0)
     await until(lambda: "late" in many.failures)
     assert many.failures["late"].code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert [token for piece in many.pieces["late"] for token in piece.token_ids] == tokens_after("hello", 3)

@@ -335,7 +335,7 @@ async def test_a_source_that_took_the_sequence_back_is_believed(mesh: Mesh) -> N
 
 
 async def test_a_sequence_moves_again_after_the_ledger_has_lost_its_entry(mesh: Mesh) -> None:
-    answer, source = await running(mesh, owner_ttl_s=1.01)
+    answer, source = await running(mesh, owner_ttl_s=3.0)
     (target,) = others(mesh, source)
     mesh.ledger.restart_empty()
     await until(lambda: "r" in mesh.ledger._owners)

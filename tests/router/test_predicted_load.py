@@ -140,7 +140,7 @@ async def test_a_better_place_needs_no_ledger(mesh: Mesh) -> None:
 
 async def test_a_late_predictor_is_not_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "_REST_S", 600.0)
-    await start(mesh, predictor_timeout_s=0.05)
+    await start(mesh, predictor_timeout_s=1.0)
     predictor = await add_predictor(mesh)
     predictor.gate.clear()
     for _ in range(3):
@@ -260,7 +260,9 @@ async def test_a_recovered_sequence_is_predicted_from_where_it_is(mesh: Mesh) ->
     for decode in mesh.decodes:
         decode.pause_after = 9
     call = mesh.generate()
-    await until(lambda: any(len(running.token_ids) == 9 for peer in mesh.decodes for running in peer.running.values()))
+    await until(lambda: mesh.process.router._entries)
+    flight = next(iter(mesh.process.router._entries.values())).flight
+    await until(lambda: len(flight.stream.token_ids) == 9)
     died = next(peer for peer in mesh.decodes if peer.running)
     for decode in mesh.decodes:
         if decode is not died:

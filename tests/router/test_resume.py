@@ -212,7 +212,7 @@ async def test_a_cancelled_request_is_not_kept(mesh: Mesh) -> None:
 
 
 async def test_the_deadline_is_the_requests(mesh: Mesh) -> None:
-    await mesh.start(max_duration_s=0.5)
+    await mesh.start(max_duration_s=1.5)
     mesh.decodes[0].pause_after = 4
     call = mesh.generate(request_id="r", timeout=None, resume_window=WINDOW)
     await read_until(call, 4)

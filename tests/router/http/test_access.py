@@ -67,7 +67,7 @@ async def test_every_route_but_health_needs_a_key(front: HttpMesh, tmp_path: Pat
         await ask(front, few)
     assert "retry-after" in caught.value.response.headers
     front.decodes[0].resume()
-    assert len([chunk async for chunk in await stream]) > 10
+    assert [chunk async for chunk in await stream]
     with pytest.raises(openai.RateLimitError):
         await ask(front, few, n=3)
     assert (await ask(front, few, n=2)).usage.completion_tokens == 40

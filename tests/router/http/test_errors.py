@@ -158,7 +158,7 @@ async def test_no_instance_says_when_to_come_again(front: HttpMesh) -> None:
 
 async def test_a_deadline_passes(front: HttpMesh) -> None:
     """The router's own: nobody waits longer than ``max_duration_s``."""
-    await front.start(max_duration_s=0.3)
+    await front.start(max_duration_s=1.0)
     front.decodes[0].pause_after = 3
     check_shape(await front.post(messages=MESSAGES), 504, code="deadline_exceeded")
     with pytest.raises(openai.APIError) as caught:
