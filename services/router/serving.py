@@ -34,10 +34,11 @@ from services.router.seen_moves import SeenMoves
 from services.router.servicer import InferenceServicer
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
+from starmesh.loopback import is_loopback
 from starmesh.process import write_port_file
 from starmesh.rpc.api_keys import ApiKeys
 from starmesh.rpc.credentials import Credentials
-from starmesh.rpc.server import RpcServer, is_loopback
+from starmesh.rpc.server import RpcServer
 from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.types import InstanceInfo, InstanceLoad, InstanceState, Role
 from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc

@@ -21,10 +21,11 @@ from starmesh.instance.servicer import InstanceServicer
 from starmesh.instance.settings import EngineSettings
 from starmesh.ledger import Ledger
 from starmesh.ledger.membership import Membership
+from starmesh.loopback import is_loopback
 from starmesh.model_files import DEFAULT_MODEL, fetch_model
 from starmesh.process import write_port_file
 from starmesh.rpc.channels import ChannelPool
-from starmesh.rpc.server import RpcServer, is_loopback
+from starmesh.rpc.server import RpcServer
 from starmesh.telemetry.ledger_metrics import LedgerMetrics
 from starmesh.telemetry.metrics import NO_METRICS, Metrics
 from starmesh.transfer import PullResult, TransferError

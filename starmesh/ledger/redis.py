@@ -19,7 +19,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -61,6 +60,7 @@ from starmesh.ledger.limits import (
     check_ttl,
 )
 from starmesh.ledger.redis_password import PasswordFile
+from starmesh.loopback import is_loopback_host
 from starmesh.rounds import RoundSummary
 from starmesh.types import (
     ClusterView,
@@ -379,12 +379,7 @@ def is_encrypted(url: str) -> bool:
         host = parts.hostname or "localhost"
     except ValueError:
         return True  # not understood: ``connect`` says so
-    if parts.scheme != "redis" or host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return parts.scheme != "redis" or is_loopback_host(host)
 
 
 def _address(url: str) -> str:

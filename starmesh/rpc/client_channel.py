@@ -13,9 +13,9 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from starmesh.loopback import is_loopback
 from starmesh.rpc.channels import CHANNEL_OPTIONS
 from starmesh.rpc.credentials import TlsError, client_credentials
-from starmesh.rpc.server import is_loopback
 
 
 def open_client_channel(address: str, *, ca: Path | None = None, api_key: str = "") -> grpc.aio.Channel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from starmesh.loopback import is_loopback
 from starmesh.rpc.credentials import Credentials
 from starmesh.rpc.members import MemberInterceptor
 from starmesh.rpc.status import StatusInterceptor
@@ -37,17 +37,6 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 class PlaintextRefused(Exception):
     """A listen address beyond loopback without TLS, not asked for by name."""
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a HOST:PORT can be reached from this machine only."""
-    host = address.rpartition(":")[0]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class RpcServer:

@@ -10,7 +10,6 @@ address a container has today.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +17,7 @@ from typing import Final
 from opentelemetry.metrics import Meter, NoOpMeterProvider
 from opentelemetry.sdk.resources import Resource
 
+from starmesh.loopback import is_loopback_host
 from starmesh.telemetry.bucket_counts import BucketCounts
 from starmesh.telemetry.registry.metric import Metric
 
@@ -51,7 +51,7 @@ def check_listen(listen: str, *, allow_plaintext: bool) -> tuple[str, int]:
     host, separator, port = listen.rpartition(":")
     if not separator or not host or not port.isdigit() or int(port) > 0xFFFF:
         raise ValueError(f"{listen!r} is not HOST:PORT")
-    if not allow_plaintext and not _is_loopback(host):
+    if not allow_plaintext and not is_loopback_host(host):
         raise ValueError(
             f"{listen} is not a loopback address and the page is not encrypted; "
             "use 127.0.0.1, or --allow-plaintext on a network that you trust (HTTP of a router with TLS is encrypted)"
@@ -93,12 +93,3 @@ def open_metrics(service: str, instance_id: str, *, listen: str, allow_plaintext
         provider.shutdown()
 
     return Metrics(provider.get_meter(_SCOPE), f"{host}:{server.server_port}", close, collector.add)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

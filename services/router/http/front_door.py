@@ -6,8 +6,8 @@ from services.router.http.app import create_app
 from services.router.http.connection import BoundedConnection
 from services.router.http.parts import HttpParts
 from services.router.http.server import HttpServer
+from starmesh.loopback import is_loopback
 from starmesh.rpc.credentials import Credentials
-from starmesh.rpc.server import is_loopback
 from starmesh.telemetry.metrics import check_listen
 
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.router.http.errors import invalid, respond
-from starmesh.rpc.server import is_loopback
+from starmesh.loopback import is_loopback
 
 
 class LoopbackNames:
