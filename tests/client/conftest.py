@@ -13,6 +13,7 @@ from services.router.serving import RouterProcess
 from starmesh.client import Client, FinishReason, Piece, RetryPolicy
 from tests.client.relay import Relay
 from tests.router.conftest import TIMEOUT_S, Mesh, letters_model, mesh, text_of, tokens_after
+from tests.router.peers import TTL_S
 
 __all__ = ["Surroundings", "check_pieces", "mesh", "read", "surroundings"]
 
@@ -38,7 +39,7 @@ class Surroundings:
 
     async def router(self, **settings: Any) -> RouterProcess:
         """Another one of the same mesh."""
-        defaults: dict[str, Any] = {"view_interval_s": 0.02, "lease_ttl_s": 0.6, "report_interval_s": 0.05}
+        defaults: dict[str, Any] = {"view_interval_s": 0.02, "lease_ttl_s": TTL_S, "report_interval_s": 0.05}
         config = RouterSettings(
             _cli_parse_args=False, **(defaults | {"grace_s": 0.5, "instance_id": "another-router"} | settings)
         )

@@ -28,7 +28,7 @@ async def test_a_connection_may_break_at_any_byte(mesh: Mesh, surroundings: Surr
         text = f"prompt {number}"
         pieces = [piece async for piece in client.generate(text, max_output_tokens=20)]
         check_pieces(pieces, text, 20)
-    assert relay.cuts >= 20
+    assert relay.cuts >= 10  # the fewer messages an answer comes in, the fewer bytes it has
     await mesh.nothing_left()
 
 
@@ -185,6 +185,7 @@ async def test_another_router_goes_on_with_the_answer(mesh: Mesh, surroundings: 
         pieces[number] += [piece async for piece in stream]
         check_pieces(pieces[number], f"prompt {number}", 20)
     assert len({spec.request_id for spec in mesh.prefills[0].specs}) == 8 + 4
+    await until(other.router.idle.is_set)
     await mesh.nothing_left()
 
 

@@ -96,7 +96,7 @@ async def test_cancel_ends_the_stream_with_its_tokens(mesh: Mesh, surroundings: 
     pieces += [piece async for piece in stream]
     assert pieces[-1].finish_reason is FinishReason.CANCELLED
     assert [token for piece in pieces for token in piece.token_ids] == tokens_after("hello", 5)
-    assert mesh.decodes[0].cancelled == [("c", 1)]
+    await until(lambda: mesh.decodes[0].cancelled == [("c", 1)])
     await mesh.nothing_left()
 
 

@@ -13,7 +13,7 @@ from opentelemetry.trace import Span, Tracer
 from starmesh.client import SyncClient
 from starmesh.telemetry import names
 from tests.client.conftest import PATIENT, Surroundings, check_pieces, read
-from tests.router.conftest import TIMEOUT_S, Mesh
+from tests.router.conftest import TIMEOUT_S, Mesh, until
 
 
 @pytest.fixture
@@ -82,6 +82,7 @@ async def test_both_routers_of_a_request_are_of_one_trace(
     mesh.decodes[0].resume()
     for stream, begun in zip(streams, pieces, strict=True):
         check_pieces([*begun, *[piece async for piece in stream]], "hello", 20)
+    await until(other.router.idle.is_set)
     await mesh.nothing_left()
     assert len(roots(spans)) == 3  # two that began, and one that went on
     for root in roots(spans):

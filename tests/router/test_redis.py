@@ -22,7 +22,7 @@ async def server() -> AsyncIterator[EmbeddedServer]:
 
 async def test_a_real_ledger_and_its_death(server: EmbeddedServer) -> None:
     async with AsyncExitStack() as stack:
-        ledger = RedisLedger.connect(server.url, cluster="router")
+        ledger = RedisLedger.connect(server.url, cluster="router", timeout_s=TIMEOUT_S)
         stack.push_async_callback(ledger.close)
         mesh = Mesh(stack, ledger)
         await mesh.start(decodes=2)

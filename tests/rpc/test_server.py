@@ -64,16 +64,16 @@ async def failure(call: grpc.aio.Call) -> StatusError:
 
 async def test_a_status_error_reaches_the_client_with_its_details(channel: grpc.aio.Channel) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
-    error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="bad"), timeout=5))
+    error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="bad"), timeout=20))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["request_id"])
-    error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="busy"), timeout=5))
+    error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="busy"), timeout=20))
     assert (error.code, error.retry_delay_s) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.5)
 
 
 async def test_a_crash_leaks_nothing_and_is_logged(channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     with caplog.at_level(logging.ERROR):
-        error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="crash"), timeout=5))
+        error = await failure(stub.Cancel(inference_pb2.CancelRequest(request_id="crash"), timeout=20))
     assert error.code is grpc.StatusCode.INTERNAL
     assert SECRET not in error.message
     reference = error.message.split()[-1]
@@ -82,7 +82,7 @@ async def test_a_crash_leaks_nothing_and_is_logged(channel: grpc.aio.Channel, ca
 
 async def test_a_stream_that_fails_in_the_middle_ends_with_its_status(channel: grpc.aio.Channel) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
-    call = stub.Generate(inference_pb2.GenerateRequest(), timeout=5)
+    call = stub.Generate(inference_pb2.GenerateRequest(), timeout=20)
     texts = []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for response in call:
@@ -99,13 +99,13 @@ async def test_a_stream_that_fails_in_the_middle_ends_with_its_status(channel: g
     ],
 )
 async def test_a_malformed_request_names_the_field(channel: grpc.aio.Channel, wire: bytes, field: str) -> None:
-    error = await failure(channel.unary_unary(f"/{SERVICE}/Cancel")(wire, timeout=5))
+    error = await failure(channel.unary_unary(f"/{SERVICE}/Cancel")(wire, timeout=20))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
 
 
 async def test_a_malformed_message_on_a_stream_names_the_field(channel: grpc.aio.Channel) -> None:
     message = inference_pb2.GenerateManyRequest(cancel_request_id="abcd").SerializeToString()
-    call = channel.stream_stream(f"/{SERVICE}/GenerateMany")(timeout=5)
+    call = channel.stream_stream(f"/{SERVICE}/GenerateMany")(timeout=20)
     await call.write(message)
     assert await call.read() == b""
     await call.write(message.replace(b"bc", b"\xff\xfe"))
@@ -118,11 +118,11 @@ async def test_a_huge_message_is_refused_and_the_server_goes_on(channel: grpc.ai
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     async with grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as big:
         call = inference_pb2_grpc.InferenceServiceStub(big).Cancel(
-            inference_pb2.CancelRequest(request_id="x" * 100_000_000), timeout=20
+            inference_pb2.CancelRequest(request_id="x" * 100_000_000), timeout=60
         )
         error = await failure(call)
     assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await stub.Cancel(inference_pb2.CancelRequest(request_id="fine"), timeout=5)
+    await stub.Cancel(inference_pb2.CancelRequest(request_id="fine"), timeout=20)
 
 
 async def test_health_and_reflection() -> None:
@@ -132,15 +132,15 @@ async def test_health_and_reflection() -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE):
-            response = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            response = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
             assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=30)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.set_serving(True)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        response = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
+        response = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=20)
         assert response.status == health_pb2.HealthCheckResponse.SERVING
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=5)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=20)
         await reflection.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         services = {service.name for service in (await reflection.read()).list_services_response.service}
         assert {SERVICE, "grpc.health.v1.Health"} <= services

@@ -34,7 +34,7 @@ from starmesh.rpc.probe import main as probe
 from starmesh.rpc.server import RpcServer
 from tests.rpc.pki import DAY, Pki, channel_credentials, server_credentials
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 OVERRIDE = [("grpc.ssl_target_name_override", MESH_NAME), ("grpc.use_local_subchannel_pool", 1)]
 
