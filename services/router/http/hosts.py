@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.router.http.errors import invalid, respond
-from starmesh.loopback import is_loopback
+from starmesh.loopback import is_loopback_host
 
 
 class LoopbackNames:
@@ -24,7 +24,7 @@ class LoopbackNames:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_loopback(_without_port(Headers(scope=scope).get("host", ""))):
+        if scope["type"] == "http" and not is_loopback_host(_without_port(Headers(scope=scope).get("host", ""))):
             refused = invalid(
                 None,
                 "this server listens on loopback without API keys and answers only to localhost, 127.0.0.1 and [::1]; "
@@ -39,7 +39,5 @@ class LoopbackNames:
 
 
 def _without_port(host: str) -> str:
-    """The name or address in a Host header, as a HOST:PORT again."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]:0"
-    return host.partition(":")[0] + ":0"
+    """The name or address in a Host header."""
+    return host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
