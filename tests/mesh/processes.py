@@ -20,7 +20,7 @@ from starmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from tests.mesh.forked import ForkedProcess, start_forked
 
 # Importing torch and transformers takes some ten seconds of CPU time, and several instances start at once.
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 30.0
 NOBODY_DIES = {"STARMESH_LEASE_TTL_S": "30"}
 """Environment for tests in which no instance may be taken for dead, however late its reports come."""

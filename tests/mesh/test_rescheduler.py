@@ -11,13 +11,14 @@ from starmesh.ledger.redis import RedisLedger
 from starmesh.telemetry import names
 from starmesh.types import Leadership, Role
 from tests.mesh.otlp import Receiver
-from tests.mesh.processes import Mesh, Service, until
-from tests.mesh.streams import generate_all, request
+from tests.mesh.processes import NOBODY_DIES, Mesh, Service, until
+from tests.mesh.streams import cancel, generate_all, request
 from tests.policy.decoding import sequence
 from tests.rescheduler.peers import Peer
 
-LEASE_S = 2.0
-LONG_TOKENS = 1500
+# Longer than a busy machine leaves a leader alone: nobody else may lead before it is dead.
+LEASE_S = 5.0
+LONG_TOKENS = 1900
 SEQUENCES = tuple(sequence(f"s{number}", 400) for number in range(12))
 
 
@@ -38,8 +39,8 @@ async def test_a_standby_takes_over_from_a_leader_that_was_killed(tmp_path: Path
 
 async def test_requests_move_to_an_instance_that_comes_later(tiny_model_dir: Path, tmp_path: Path) -> None:
     async with Receiver() as receiver:
-        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-        async with Mesh(tmp_path, tiny_model_dir, environment, forked=True) as mesh:
+        exported = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        async with Mesh(tmp_path, tiny_model_dir, exported | NOBODY_DIES, forked=True) as mesh:
             await long_requests_move(mesh)
             await moves_link_to_their_rounds(receiver)
 
@@ -49,20 +50,28 @@ async def long_requests_move(mesh: Mesh) -> None:
     await mesh.start_all(prefill=1, decode=1, flags=flags)
     rescheduler = await start(mesh, "rescheduler")
     messages = [request(f"Tell story {number}.", max_output_tokens=LONG_TOKENS, ignore_eos=True) for number in range(6)]
-    begun = asyncio.Event()
-    running = asyncio.create_task(
-        generate_all(mesh.inference(), messages, on_token=lambda tokens: begun.set() if tokens > 20 else None)
-    )
-    await asyncio.wait_for(begun.wait(), 60)
+    for number, message in enumerate(messages):
+        message.request_id = f"story-{number}"
+    tokens = 0
+
+    def on_token(count: int) -> None:
+        nonlocal tokens
+        tokens = count
+
+    running = asyncio.create_task(generate_all(mesh.inference(), messages, on_token=on_token))
+    await until(lambda: tokens > 20, "tokens")
     # It finds them all on the other.
     await mesh.start("decode", "decode-1", *flags)
-    answers = await running
-    assert [len(answer.token_ids) for answer in answers] == [LONG_TOKENS] * len(messages)
 
     async def arrived() -> int:
         return sum(instance.load.migrated_sequences for instance in await mesh.instances())
 
     await until(arrived, "a report of a sequence that moved", describe=rescheduler.log.read_text)
+    wanted = tokens + 20 * len(messages)
+    await until(lambda: tokens >= wanted or running.done(), "more tokens")
+    await cancel(mesh.inference(), messages)
+    usages = [answer.usage for answer in await running if answer.usage is not None]
+    assert any(usage.migrations for usage in usages) and not any(usage.recoveries for usage in usages)
     await mesh.settled()
     rescheduler.terminate()
     assert await rescheduler.process.wait() == 0
