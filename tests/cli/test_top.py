@@ -155,13 +155,14 @@ async def in_terminal(address: str, keys: bytes) -> tuple[int, bytes]:
     what it wrote."""
     loop = asyncio.get_running_loop()
     master, slave = pty.openpty()
-    written, shown = bytearray(), asyncio.Event()
+    written, shown, ended = bytearray(), asyncio.Event(), asyncio.Event()
 
     def read() -> None:
         try:
             written.extend(os.read(master, 65536))
-        except OSError:
+        except OSError:  # nobody has the terminal open any more
             loop.remove_reader(master)
+            ended.set()
         if b"decode-0" in written:
             shown.set()
 
@@ -184,6 +185,7 @@ async def in_terminal(address: str, keys: bytes) -> tuple[int, bytes]:
             await shown.wait()
             os.write(master, keys)
             code = await process.wait()
+            await ended.wait()  # what it wrote last
     finally:
         if process.returncode is None:
             process.kill()

@@ -134,7 +134,7 @@ def test_instances_are_called_after_their_containers(
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTNAME": "3fa2b1c0de42", "FOUND": found}
     environment["STARMESH_DEVICE"] = "cuda" if gpus else "cpu"
     environment |= {name: value for name, value in (("GPUS", gpus), ("FIRST_GPU", first)) if value}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == [
         *("-m", f"services.{role}", "--instance-id", instance, "--advertise", "172.18.0.5:50051", device)
     ]

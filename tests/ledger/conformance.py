@@ -29,7 +29,7 @@ from starmesh.types import (
 LONG_S = 600.0
 # For what only has to lapse, and for what must live from one operation to the next before it lapses.
 SHORT_S = 0.03
-MEDIUM_S = 1.0
+MEDIUM_S = 2.0
 
 ROLE = Role.RESCHEDULER
 LAYOUT = KvLayout(model_revision="r", dtype="float32", layers=2, kv_heads=1, head_dim=8, block_tokens=16)

@@ -162,7 +162,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         list(read_trace(written(tmp_path, FILES["azure"]), format_name="azur"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     begin=st.sampled_from(["", *FILES.values()]),
     rest=st.lists(
@@ -188,7 +190,9 @@ REQUESTS = st.lists(
 ).map(lambda rows: sorted(rows, key=lambda row: row[0]))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(requests=REQUESTS)
 def test_our_own_formats_come_back_as_written(tmp_path: Path, requests: list[tuple[float, int, int]]) -> None:
     began = requests[0][0]
