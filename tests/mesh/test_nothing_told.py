@@ -189,7 +189,9 @@ async def troubled(mesh: Mesh, channel: Any) -> None:
         return await owner() == target
 
     await until(move, "a move")
-    mesh.services[await owner()].kill()
+    killed = mesh.services[await owner()]
+    killed.kill()
+    await killed.process.wait()
     seen = 0
     while seen < 50:
         message = await call.read()
