@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ async def check(cluster: Cluster, requests: list[Request]) -> None:
 
 async def test_a_drain_moves_everything_away_and_does_not_wait_for_the_ends() -> None:
     async with evacuating_cluster("ABC") as cluster:
-        await pace(cluster, 0.1)
+        await pace(cluster, 0.03)
         requests = await start(cluster, 6, limit=120)
         assert await cluster.decode["A"].instance.drain() == 6
         await until_drained(cluster, "A")
@@ -75,7 +76,7 @@ async def test_a_drain_moves_everything_away_and_does_not_wait_for_the_ends() ->
 
 async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
     async with evacuating_cluster("AB", grace_s=15.0) as cluster:
-        await pace(cluster, 0.1)
+        await pace(cluster, 0.03)
         requests = await start(cluster, 4, limit=120)
         stopped = cluster.decode.pop("A")
         await stopped.stop()
@@ -87,7 +88,7 @@ async def test_a_stop_is_a_drain_within_the_grace_period() -> None:
 async def test_what_fits_nowhere_ends_where_it_is() -> None:
     # Each comes to 23 blocks: B holds two of them.
     async with evacuating_cluster("AB", blocks={"B": 60}, limits=replace(LIMITS, headroom_blocks=12)) as cluster:
-        await pace(cluster, 0.1)
+        await pace(cluster, 0.03)
         requests = await start(cluster, 4, limit=80)
         await cluster.decode["A"].instance.drain()
 
@@ -110,7 +111,7 @@ async def test_a_drain_waits_for_the_ledger_and_goes_on() -> None:
         await cluster.decode["A"].instance.drain()
         await requests[0].until(lambda: len(requests[0].stream.token_ids) > 60)
         assert not any(request.moves for request in requests)
-        await pace(cluster, 0.05)
+        await pace(cluster, 0.02)
         ledger.silent = False
         await until_drained(cluster, "A")
         await check(cluster, requests)
@@ -120,8 +121,8 @@ async def test_a_drain_waits_for_the_ledger_and_goes_on() -> None:
 @pytest.mark.parametrize("evacuates", [True, False])
 async def test_sequences_move_away_before_any_is_preempted(evacuates: bool) -> None:
     # Four sequences of up to 130 tokens in 80 blocks of 4: 320 of the 520 that they come to.
-    context = evacuating_cluster if evacuates else running_cluster
-    async with context("AB", blocks={"A": 80}) as cluster:
+    made = partial(evacuating_cluster, horizon_s=2.0) if evacuates else running_cluster
+    async with made("AB", blocks={"A": 80}) as cluster:
         requests = await start(cluster, 4, limit=120)
         await requests[0].until(lambda: len(requests[0].stream.token_ids) >= 110)
         await check(cluster, requests)
@@ -143,7 +144,7 @@ async def test_what_fails_while_a_plan_is_made_is_tried_again(monkeypatch: pytes
 
     monkeypatch.setattr(evacuation, "drain_plan", slow_plan)
     async with evacuating_cluster("AB", limits=replace(LIMITS, reserve_s=1.0)) as cluster:
-        await pace(cluster, 0.05)
+        await pace(cluster, 0.02)
         requests = await start(cluster, 2, limit=200)
         unanswered = Hold(cluster.worker("B").migrator.incoming, "reserve")
         await cluster.decode["A"].instance.drain()

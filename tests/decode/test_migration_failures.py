@@ -20,14 +20,14 @@ from starmesh.types import FinishReason, Ownership
 from tests.decode.cluster import LIMITS, Cluster, Hold, running_cluster
 from tests.instance.running import PATIENCE_S, spec, until
 
-# The tests of what does not answer wait for these; the others end before.
+# The tests of what does not answer wait for these; the others end before, on a busy machine too.
 IMPATIENT = dataclasses.replace(
     LIMITS,
-    reserve_s=1.0,
-    round_s=1.0,
+    reserve_s=3.0,
+    round_s=3.0,
     commit_s=1.5,
     take_back_s=1.0,
-    idle_s=2.0,
+    idle_s=4.0,
     claim_s=0.8,
     attach_s=2.0,
     pause_s=0.01,
@@ -108,7 +108,7 @@ async def test_a_sequence_that_is_not_wanted_any_more_ends_at_both_ends(stage: s
 @pytest.mark.parametrize("stage", ["reserve", "copy", "freeze"])
 async def test_a_sequence_that_finishes_meanwhile_ends_at_both_ends(stage: str) -> None:
     async with running_cluster() as cluster:
-        request = await cluster.router.start(spec(limit=400), "A")
+        request = await cluster.router.start(spec(limit=150), "A")
         stages = Stages(cluster, stage)
         migration = await stages.begin()
         cluster.hurry()
@@ -206,7 +206,8 @@ async def test_a_target_that_dies_leaves_the_sequence_at_its_source(stage: str) 
 
 @pytest.mark.parametrize("stage", ["reserve", "copy", "tail", "claim"])
 async def test_a_target_that_does_not_answer_is_waited_for_so_long(stage: str) -> None:
-    async with running_cluster(limits=IMPATIENT) as cluster:
+    limits = dataclasses.replace(IMPATIENT, reserve_s=1.0, round_s=1.0, idle_s=2.0)
+    async with running_cluster(limits=limits) as cluster:
         await cluster.router.start(spec(limit=400), "A")
         stages = Stages(cluster, stage)
         migration = await stages.begin()

@@ -25,9 +25,8 @@ from tests.instance.running import spec, until
 
 CONFIG = PredictorConfig(timeout_s=5.0, first_pause_s=0.02, longest_pause_s=0.1, refused_pause_s=0.02)
 IMPATIENT = replace(CONFIG, timeout_s=0.3)
-STEP_S = 0.005
+STEP_S = 0.002
 LIMIT = 900
-"""Together 4.5 s: time enough, however busy the machine, for what happens while a sequence runs."""
 
 
 @asynccontextmanager
@@ -327,7 +326,7 @@ async def test_what_goes_on_to_its_limit_is_known_without_asking() -> None:
 
 async def test_the_engine_preempts_by_what_its_loads_foresee() -> None:
     async with predicting() as (cluster, _):
-        cluster.executors["A"].step_s = 0.02  # they all run until that is seen
+        cluster.executors["A"].step_s = 0.005  # they all run until that is seen
         limits = {"a": LIMIT, "b": LIMIT, "c": LIMIT - 100, "d": LIMIT - 50}
         requests = [await cluster.router.start(spec(name, limit=limit), "A") for name, limit in limits.items()]
         engine = cluster.decode["A"].instance.engine
@@ -353,7 +352,7 @@ def prompt_that_stops(limit: int) -> tuple[int, int]:
 async def test_ends_are_told_by_the_instance_where_they_are() -> None:
     prompt, stops_at = prompt_that_stops(200)
     async with predicting("AB", eos_token_ids=frozenset([EOS])) as (cluster, peer):
-        cluster.executors["A"].step_s = 0.03  # it moves long before it stops
+        cluster.executors["A"].step_s = 0.02  # it moves long before it stops
         stops = await cluster.router.start(spec("a", prompt=prompt, limit=LIMIT, ignore_eos=False), "A")
         assert (await cluster.migrate("a", "A", "B").outcome()).moved
         assert await stops.ended() is FinishReason.STOP
@@ -367,7 +366,6 @@ async def test_ends_are_told_by_the_instance_where_they_are() -> None:
 
 async def test_cancels_and_deadlines_are_ends_and_a_routers_death_is_none() -> None:
     async with predicting() as (cluster, peer):
-        cluster.executors["A"].step_s = 0.02  # none ends by itself
         for name in "abc":
             await begin(cluster, name)
         worker = cluster.worker("A")
