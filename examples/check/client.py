@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Self
 
-RUN_TIMEOUT_S: Final = 60.0
+RUN_TIMEOUT_S: Final = 120.0
 _SUMMARY = re.compile(
     r"^\[(?P<reason>[A-Z]+): (?P<prompt_tokens>\d+) prompt tokens, (?P<output_tokens>\d+) output tokens, "
     r"(?P<recoveries>\d+) recoveries, (?P<migrations>\d+) migrations, (?P<resumes>\d+) resumes\]$",

@@ -6,6 +6,7 @@ Everything is built in a copy of the sources, so that the repository stays as it
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,18 @@ from typing import Final
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 BUILD_TIMEOUT_S: Final = 500.0
 _SAID_LINES = 15
+# What npm calls a network, or a registry at its other end, that fails.
+_NO_REGISTRY: Final = re.compile(
+    r"\b(ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EHOSTUNREACH|ETIMEDOUT|ETIMEOUT|E50[0-4]|E429)\b"
+)
 
 
 class NotBuilt(Exception):
     """A client does not build; the message has the end of what the tools said."""
+
+
+class Unreachable(NotBuilt):
+    """The registry of a client's packages does not answer; the message has what the tools said of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +58,12 @@ class Language:
 
 
 async def _build_node(directory: Path) -> tuple[str, ...]:
-    await _run("npm", "ci", "--prefer-offline", "--no-audit", "--no-fund", cwd=directory)
+    try:
+        await _run("npm", "ci", "--prefer-offline", "--no-audit", "--no-fund", cwd=directory)
+    except NotBuilt as error:
+        if _NO_REGISTRY.search(str(error)):
+            raise Unreachable(str(error)) from None
+        raise
     return ("node", str(directory / "client.js"))
 
 
