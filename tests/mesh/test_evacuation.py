@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from starmesh.v1 import cluster_pb2
-from tests.mesh.processes import Mesh, until
+from tests.mesh.processes import NOBODY_DIES, Mesh, until
 from tests.mesh.prompts import PROMPTS
 from tests.mesh.streams import generate_all, request
 
@@ -15,7 +15,7 @@ OUTPUT_TOKENS = 1200
 
 async def test_streams_survive_instances_that_leave(tiny_model_dir: Path, tmp_path: Path) -> None:
     """No prefill is run again: whatever an instance had is moved while it goes on."""
-    async with Mesh(tmp_path, tiny_model_dir, forked=True) as mesh:
+    async with Mesh(tmp_path, tiny_model_dir, NOBODY_DIES, forked=True) as mesh:
         await mesh.start_all(prefill=1, decode=3, flags=("--kv-memory-mib", "64", "--grace-s", "60"))
         messages = [request(prompt, max_output_tokens=OUTPUT_TOKENS, ignore_eos=True) for prompt in PROMPTS[:12]]
         undisturbed = await generate_all(mesh.inference(), messages)
@@ -30,10 +30,10 @@ async def test_streams_survive_instances_that_leave(tiny_model_dir: Path, tmp_pa
                 begun.set()
 
         running = asyncio.create_task(generate_all(mesh.inference(), messages, on_token=on_token))
-        await asyncio.wait_for(begun.wait(), 60)
+        await asyncio.wait_for(begun.wait(), 120)
         stopped = mesh.services["decode-0"]
         stopped.terminate()
-        assert await asyncio.wait_for(stopped.process.wait(), 60) == 0
+        assert await asyncio.wait_for(stopped.process.wait(), 180) == 0
         assert not running.done(), "it has waited for the ends of its streams"
 
         await mesh.cluster().Drain(cluster_pb2.DrainRequest(instance_id="decode-1"), timeout=10)

@@ -59,12 +59,12 @@ async def test_openais_client_and_a_stop_under_its_streams(tmp_path: Path) -> No
                 return text
 
             streams = [asyncio.create_task(stream()) for _ in range(STREAMS)]
-            await asyncio.wait_for(begun.wait(), 60)
+            await asyncio.wait_for(begun.wait(), 120)
             assert (await http.get(f"{url_of(mesh)}/healthz")).status_code == 200
             # uvicorn must not take the signal: then nothing would drain.
             router.terminate()
             assert await asyncio.gather(*streams) == [expected] * STREAMS
-            assert await asyncio.wait_for(router.process.wait(), 60) == 0
+            assert await asyncio.wait_for(router.process.wait(), 180) == 0
             with pytest.raises(httpx2.ConnectError):
                 await http.get(f"{url_of(mesh)}/healthz")
         log = router.log.read_text()

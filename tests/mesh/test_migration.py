@@ -181,7 +181,7 @@ async def _a_trace_shows_a_move(mesh: Mesh, receiver: Receiver) -> None:
     running = asyncio.create_task(
         generate(mesh.inference(), message, on_token=lambda tokens: begun.set() if tokens > 2 else None)
     )
-    await asyncio.wait_for(begun.wait(), 60)
+    await asyncio.wait_for(begun.wait(), 120)
     source = (await mesh.owners())["traced"]
     target = DECODES[DECODES.index(source) - 1]
     moves = Moves(mesh, random.Random(0))

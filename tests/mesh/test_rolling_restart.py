@@ -92,7 +92,7 @@ class Traffic:
                     client.result()
             return self.answered >= wanted
 
-        await until(enough, "answers to clients", 60)
+        await until(enough, "answers to clients", 180)
 
     async def _run(self, number: int, ask: object) -> None:
         draw = random.Random(number)
@@ -137,7 +137,7 @@ async def test_no_stream_fails(tmp_path: Path) -> None:
                 before = mesh.services[name]
                 traffic.leaving = before.address if role == "router" else ""
                 before.terminate()
-                code = await asyncio.wait_for(before.process.wait(), 60)
+                code = await asyncio.wait_for(before.process.wait(), 180)
                 assert code == 0, f"{name} ended with {code}:\n{before.log.read_text()[-3000:]}"
                 await mesh.start(role, name, *FLAGS[role], "--listen", before.address)
                 await serves(mesh, name)
@@ -157,4 +157,4 @@ async def serves(mesh: Mesh, name: str) -> None:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-        await until(serving, f"{name} to serve", 60)
+        await until(serving, f"{name} to serve", 180)

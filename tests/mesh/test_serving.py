@@ -39,8 +39,12 @@ async def _sixteen_streams_agree_with_themselves(mesh: Mesh) -> None:
     alone = [await generate(stub, message) for message in messages[:4]]
     assert [answer.token_ids for answer in together[:4]] == [answer.token_ids for answer in alone]
     assert all(len(answer.token_ids) == 40 for answer in together)
-    used = {instance.instance_id for instance in await mesh.instances() if instance.load.output_tokens}
-    assert {"prefill-0", "decode-0", "decode-1"} <= used
+
+    async def all_used() -> bool:
+        used = {instance.instance_id for instance in await mesh.instances() if instance.load.output_tokens}
+        return {"prefill-0", "decode-0", "decode-1"} <= used
+
+    await until(all_used, "reports of tokens by all instances")
     decode = await mesh.instance("decode-0")
     assert decode.instance.load.transfer_bytes > 0
     assert decode.instance.load.transfer_backend == sequence_pb2.TRANSFER_BACKEND_NIXL
@@ -53,9 +57,9 @@ async def _cancel_frees_blocks(mesh: Mesh) -> None:
     message.request_id = "to-cancel"
     started = asyncio.Event()
     running = asyncio.create_task(generate(stub, message, on_token=lambda tokens: started.set()))
-    await asyncio.wait_for(started.wait(), 30)
+    await asyncio.wait_for(started.wait(), 120)
     await stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel"), timeout=10)
-    answer = await asyncio.wait_for(running, 30)
+    answer = await asyncio.wait_for(running, 120)
     assert answer.finish_reason == sequence_pb2.FINISH_REASON_CANCELLED
     await mesh.settled()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -98,7 +102,7 @@ async def _the_ledger_restarts_empty(mesh: Mesh) -> None:
     expected = await generate(stub, message)
     started = asyncio.Event()
     running = asyncio.create_task(generate(stub, message, on_token=lambda tokens: started.set()))
-    await asyncio.wait_for(started.wait(), 30)
+    await asyncio.wait_for(started.wait(), 120)
     await mesh.kill_ledger()
     response = await mesh.cluster().ListInstances(cluster_pb2.ListInstancesRequest(), timeout=10)
     assert response.instances, "the last view is what there is"
@@ -117,7 +121,7 @@ async def _a_drain_lets_streams_finish(mesh: Mesh) -> None:
     running = asyncio.create_task(
         generate_all(stub, messages, on_token=lambda tokens: started.set() if tokens > 80 else None)
     )
-    await asyncio.wait_for(started.wait(), 30)
+    await asyncio.wait_for(started.wait(), 120)
     await mesh.cluster().Drain(cluster_pb2.DrainRequest(instance_id="decode-0"), timeout=10)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await mesh.cluster().Drain(cluster_pb2.DrainRequest(instance_id="decode-9"), timeout=10)
@@ -134,5 +138,5 @@ async def _a_drain_lets_streams_finish(mesh: Mesh) -> None:
     await generate_all(stub, messages[:4])
     assert (await mesh.instance("decode-0")).instance.load.output_tokens == before, "a drained instance got work"
     mesh.services["decode-0"].terminate()
-    assert await asyncio.wait_for(mesh.services["decode-0"].process.wait(), 30) == 0
+    assert await asyncio.wait_for(mesh.services["decode-0"].process.wait(), 120) == 0
     await mesh.all_seen(3)

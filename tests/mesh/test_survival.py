@@ -89,7 +89,7 @@ async def test_the_only_instance_of_a_role_dies_and_comes_back(role: str, tiny_m
         running = asyncio.create_task(
             generate_all(stub, messages, on_token=lambda tokens: started.set() if tokens > 4 else None)
         )
-        await asyncio.wait_for(started.wait(), 30)
+        await asyncio.wait_for(started.wait(), 120)
         mesh.services[f"{role}-0"].kill()
         await mesh.services[f"{role}-0"].process.wait()
         await mesh.start(role, f"{role}-0", "--kv-memory-mib", "16")
