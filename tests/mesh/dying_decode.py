@@ -40,14 +40,9 @@ class Trap:
         _path(directory, instance_id).write_text(f"{self.at} {self.part} {self.after_s} {self.pid}")
 
 
-def clear_trap(directory: Path, instance_id: str) -> None:
-    """Let the instance be."""
-    _path(directory, instance_id).unlink(missing_ok=True)
-
-
-def is_set(directory: Path, instance_id: str) -> bool:
-    """Whether the instance has not come to the point yet."""
-    return _path(directory, instance_id).exists()
+def clear_trap(directory: Path, instance_id: str) -> bool:
+    """Let the instance be. False where it has come to the point already, and kills or will."""
+    return _taken(_path(directory, instance_id))
 
 
 def main() -> None:
@@ -58,6 +53,16 @@ def main() -> None:
         for function in ("begin", "advance"):
             setattr(end, function, _deadly(getattr(end, function), name, path))
     runpy.run_module("services.decode", run_name="__main__")
+
+
+def _taken(path: Path) -> bool:
+    """Take a trap away. Whoever does so decides what becomes of it: the instance that kills, or the test that does not
+    wait for it any more."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _path(directory: Path, instance_id: str) -> Path:
@@ -96,7 +101,8 @@ class _Deadly(tuple[Any, ...]):
             self._kill()
 
     def _kill(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if not _taken(self.path):
+            return
         pid = self.trap.pid or os.getpid()
         if self.trap.after_s:
             asyncio.get_running_loop().call_later(self.trap.after_s, os.kill, pid, signal.SIGKILL)

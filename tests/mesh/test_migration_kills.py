@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from starmesh.v1 import inference_pb2
-from tests.mesh.dying_decode import VARIABLE, Trap, clear_trap, is_set
+from tests.mesh.dying_decode import VARIABLE, Trap, clear_trap
 from tests.mesh.moves import Moves
 from tests.mesh.processes import Mesh, until
 from tests.mesh.prompts import PROMPTS
@@ -172,8 +172,7 @@ class Killing:
         await asyncio.wait([self._setting])
         killed = 0
         for name, restart in self._restarts.items():
-            if is_set(self._mesh.directory, name):
-                clear_trap(self._mesh.directory, name)
+            if clear_trap(self._mesh.directory, name):
                 restart.cancel()
             else:
                 await restart
