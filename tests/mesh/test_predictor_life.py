@@ -23,6 +23,8 @@ from tests.mesh.prompts import PROMPTS
 from tests.mesh.sightings import sightings
 from tests.mesh.streams import generate, request
 
+# Decode instances wait so long on a busy machine: a call that is not answered in time takes its samples along.
+PATIENT = {"STARMESH_PREDICTOR_TIMEOUT_S": "10"}
 BUILT_IN = "conditional_median"
 SAMPLES_PER_PROMPT = 4
 MAX_OUTPUT_TOKENS = 200
@@ -43,7 +45,7 @@ async def test_live_traffic_becomes_the_predictor_that_answers(talkative_model_d
     """Collected, trained, served, and promoted back under load."""
     samples, trained = tmp_path / "samples", tmp_path / "predictors"
     trained.mkdir()
-    async with Mesh(tmp_path, talkative_model_dir, forked=True) as mesh:
+    async with Mesh(tmp_path, talkative_model_dir, PATIENT, forked=True) as mesh:
         await mesh.start_all(decode=1, flags=("--kv-memory-mib", "16"))
         predictor = await mesh.start_predictor("--collect", str(samples))
         await _collect(mesh, tmp_path / "prompts.jsonl")
