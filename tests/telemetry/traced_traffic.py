@@ -25,6 +25,8 @@ EMULATED = ("--engine", "emulated", "--profile", "h100-7b", "--kv-tokens", "1200
 DECODE = (*EMULATED, "--transfer", "stream")
 ROUTER = (*EMULATED, "--dispatch-policy", "predicted_load", "--predictor-timeout-s", "5", "--queue-timeout-s", "2")
 LONG_TOKENS = 400
+LONGER_TOKENS = 2000
+"""Of requests that must still run when others have begun: they are cancelled."""
 _TRIES = 5
 
 
@@ -56,7 +58,7 @@ async def refused(mesh: Mesh) -> None:
     await _refused(stub, hot, invalid)
     await _refused(stub, inference_pb2.GenerateRequest(request_id=f"{SECRET} is no id", text=SECRET), invalid)
     await _refused(stub, inference_pb2.GenerateRequest(request_id="huge", text=emulated_prompt(12_500, 1)), invalid)
-    large = [emulated_request(7000, LONG_TOKENS, request_id=f"large-{number}") for number in range(3)]
+    large = [emulated_request(7000, LONGER_TOKENS, request_id=f"large-{number}") for number in range(3)]
     async with _running(mesh, large[0]) as first, _running(mesh, large[1]) as second:
         await _refused(stub, large[2], grpc.StatusCode.RESOURCE_EXHAUSTED)
         first.cancel()
@@ -77,9 +79,9 @@ async def _refused(
 async def cancelled(mesh: Mesh) -> None:
     """By its client's going away, and by its id."""
     stub = mesh.inference()
-    async with _running(mesh, emulated_request(20, LONG_TOKENS, request_id="left")) as running:
+    async with _running(mesh, emulated_request(20, LONGER_TOKENS, request_id="left")) as running:
         running.cancel()
-    async with _running(mesh, emulated_request(20, LONG_TOKENS, request_id="cancelled")) as running:
+    async with _running(mesh, emulated_request(20, LONGER_TOKENS, request_id="cancelled")) as running:
         await stub.Cancel(inference_pb2.CancelRequest(request_id="cancelled"), timeout=10)
         assert (await running).finish_reason == sequence_pb2.FINISH_REASON_CANCELLED
 
@@ -98,7 +100,7 @@ async def chosen_anew(mesh: Mesh) -> None:
         chosen = emulated_request(10, 4000, request_id=f"chosen-{number}")
         async with _running(mesh, goes_on) as first, _running(mesh, ends_soon) as second:
             with contextlib.suppress(AssertionError):
-                await until(predicted, "predictions of both", 1)
+                await until(predicted, "predictions of both", 10)
             async with _running(mesh, chosen) as third:
                 owners = await mesh.owners()
                 for task in (first, second, third):
@@ -115,7 +117,7 @@ async def moved(mesh: Mesh) -> None:
     moves = Moves(mesh, random.Random(1))
     async with _running(mesh, emulated_request(1000, 8000, request_id="moved")) as running:
         source = (await mesh.owners())["moved"]
-        assert await moves.move("moved", {"decode-0": "decode-1", "decode-1": "decode-0"}[source]) == "MOVED"
+        await moves.until_moved("moved", {"decode-0": "decode-1", "decode-1": "decode-0"}[source])
         small = await mesh.start("decode", "small", *DECODE, "--kv-tokens", "640")
         await mesh.all_seen(6)
         assert await moves.move("moved", "small") == "STAYED"
@@ -129,7 +131,7 @@ async def moved_once(mesh: Mesh) -> None:
     async with _running(mesh, emulated_request(2000, 200, request_id="moved-once")) as running:
         source = (await mesh.owners())["moved-once"]
         target = {"decode-0": "decode-1", "decode-1": "decode-0"}[source]
-        assert await Moves(mesh, random.Random(1)).move("moved-once", target) == "MOVED"
+        await Moves(mesh, random.Random(1)).until_moved("moved-once", target)
         await running
 
 
@@ -177,7 +179,7 @@ async def rescheduled(mesh: Mesh) -> None:
             instances = await mesh.instances()
             return sum(i.load.migrated_sequences for i in instances if i.instance_id == "decode-3")
 
-        await until(arrived, "a move to the newcomer")
+        await until(arrived, "a move to the newcomer", 120)
         first.cancel()
         second.cancel()
 
