@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import Counter
 from contextlib import AsyncExitStack
 
@@ -16,7 +15,6 @@ from services.decode.servicer import DecodeServicer
 from services.decode.worker import DecodeWorker
 from services.prefill.servicer import PrefillServicer
 from services.prefill.worker import PrefillWorker
-from starmesh.engine.batch import Batch, StepResult
 from starmesh.instance.instance import Instance
 from starmesh.types import Role
 from starmesh.v1 import (
@@ -28,23 +26,17 @@ from starmesh.v1 import (
     prefill_pb2_grpc,
     sequence_pb2,
 )
+from tests.decode.cluster import PacedExecutor
 from tests.engine.checking_executor import reference_tokens
 from tests.instance.running import MemoryExecutor, Running, running_instance
 from tests.router.conftest import Mesh, SwitchableLedger
 
-TIMEOUT_S = 60.0
-STEP_S = 0.01
+TIMEOUT_S = 120.0
 REQUESTS = 8
-OUTPUT_TOKENS = 250
+OUTPUT_TOKENS = 400
 MOVERS = 3
-
-
-class PacedExecutor(MemoryExecutor):
-    """Steps as long as a model's would be, so that a sequence lives to be moved."""
-
-    def execute(self, batch: Batch) -> StepResult:
-        time.sleep(STEP_S)
-        return super().execute(batch)
+ENOUGH_MOVES = 20
+"""Then steps need take no time: how long a move takes is the machine's matter."""
 
 
 def serving_prefill(instance: Instance) -> PrefillWorker:
@@ -100,29 +92,34 @@ async def test_requests_move_between_real_instances() -> None:
         prefill = await stack.enter_async_context(
             running_instance(Role.PREFILL, ledger, serving_prefill, executor=MemoryExecutor(1024))
         )
+        executors = [PacedExecutor(1024) for _ in range(3)]
         decodes: list[Running] = [
             await stack.enter_async_context(
-                running_instance(
-                    Role.DECODE, ledger, serving_decode, executor=PacedExecutor(1024), instance_id=f"decode-{number}"
-                )
+                running_instance(Role.DECODE, ledger, serving_decode, executor=executor, instance_id=f"decode-{number}")
             )
-            for number in range(3)
+            for number, executor in enumerate(executors)
         ]
         mesh = Mesh(stack, ledger)
         await mesh.start(prefills=0, decodes=0)
         await mesh.process.watch.ready.wait()
         answers = [asyncio.create_task(generate(mesh, number)) for number in range(REQUESTS)]
-        ends: list[tuple[str, str]] = []
+        ends = Counter[str]()
+        moved: set[str] = set()
 
         async def keep_moving() -> None:
             while not all(answer.done() for answer in answers):
                 request_id = f"r{draw.randrange(REQUESTS)}"
-                ends.append(await move(mesh, request_id, f"decode-{draw.randrange(3)}"))
+                end, reservation_id = await move(mesh, request_id, f"decode-{draw.randrange(3)}")
+                ends[end] += 1
+                if end == "MOVED":
+                    moved.add(reservation_id)
+                if len(moved) >= ENOUGH_MOVES:
+                    for executor in executors:
+                        executor.step_s = 0.0
 
         await asyncio.gather(*(keep_moving() for _ in range(MOVERS)))
         usages = [await answer for answer in answers]
-        print(f"{len(ends)} moves asked for:", Counter(end for end, _ in ends))
-        moved = {reservation_id for end, reservation_id in ends if end == "MOVED"}
+        print(f"{ends.total()} moves asked for:", ends)
         assert sum(usage.migrations for usage in usages) == len(moved) > MOVERS
         assert all(usage.recoveries == 0 for usage in usages)
         await mesh.nothing_left()
