@@ -17,7 +17,7 @@ from tests.prompts import prompt_token_ids
 OUTPUT_TOKENS = (32, 12, 24, 40)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 async def test_32_prompts_handed_over_are_exact(model_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -31,8 +31,9 @@ async def test_32_prompts_handed_over_are_exact(model_dir: Path, tmp_path: Path)
             # 34 blocks of 16 tokens: two or three of these sequences at a time.
             mesh.start("decode", "decode-0", "--kv-memory-mib", "24", "--max-step-tokens", "64"),
         )
-        # Reserve next to no room for outputs, so that the instance is overcommitted and has to preempt.
-        await mesh.start("router", "router", "--reserve-output-tokens", "1")
+        # Reserve next to no room for outputs, so that the instance is overcommitted and has to preempt. The last ones
+        # wait for room until nearly all have ended.
+        await mesh.start("router", "router", "--reserve-output-tokens", "1", "--queue-timeout-s", "600")
         await mesh.all_seen(3)
         stub = mesh.inference()
 
