@@ -108,7 +108,7 @@ async def test_sequences_move_at_random(seed: int) -> None:
         for request in requests:
             await complete(request)
         await cluster.nothing_left()
-        assert sum(outcome.moved for outcome in outcomes) >= 3, outcomes
+        assert sum(outcome.moved for outcome in outcomes) >= 6, outcomes
         for outcome in outcomes:
             assert outcome.state is not SourceState.IN_DOUBT
 

@@ -67,7 +67,11 @@ async def test_every_route_but_health_needs_a_key(front: HttpMesh, tmp_path: Pat
         await ask(front, few)
     assert "retry-after" in caught.value.response.headers
     front.decodes[0].resume()
-    assert [chunk async for chunk in await stream]
+    said = ["", ""]
+    async for chunk in await stream:
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content or ""
+    assert said == [answer_to(chat_prompt("hello"), 20)] * 2
     with pytest.raises(openai.RateLimitError):
         await ask(front, few, n=3)
     assert (await ask(front, few, n=2)).usage.completion_tokens == 40
