@@ -20,6 +20,8 @@ class Answer:
     text: str = ""
     finish_reason: int = sequence_pb2.FINISH_REASON_UNSPECIFIED
     usage: inference_pb2.Usage | None = None
+    arrivals: int = 0
+    """Messages with tokens: several tokens may come in one."""
 
 
 def request(text: str, **sampling: object) -> inference_pb2.GenerateRequest:
@@ -46,6 +48,7 @@ async def generate(
         )
         assert not answer.finish_reason, "a message after the last one"
         answer.token_ids += response.token_ids
+        answer.arrivals += bool(response.token_ids)
         answer.text += response.text
         answer.finish_reason = response.finish_reason
         if response.HasField("usage"):
